@@ -1,0 +1,215 @@
+//! A read-only view of one scope's cgroup, plus `cgroup.kill`. Files only: no policy, no systemd.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where systemd mounts the unified hierarchy.
+pub const ROOT: &str = "/sys/fs/cgroup";
+
+/// One cgroup's directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+/// Bytes, from memory.current and its neighbours. `None`: this kernel or cgroup has no such file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    pub usage_bytes: Option<u64>,
+    pub swap_bytes: Option<u64>,
+    pub peak_bytes: Option<u64>,
+    pub anon_bytes: Option<u64>,
+    pub file_bytes: Option<u64>,
+    pub kernel_bytes: Option<u64>,
+}
+
+/// From cpu.stat.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cpu {
+    pub usage_usec: u64,
+    pub user_usec: u64,
+    pub system_usec: u64,
+    /// Absent without a quota.
+    pub throttled_periods: Option<u64>,
+    pub throttled_usec: Option<u64>,
+}
+
+impl Cgroup {
+    /// The cgroup that a process is in.
+    pub fn of_process(pid: u32) -> io::Result<Self> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let path = unified(&text)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no cgroup v2 entry"))?;
+        Ok(Self::at(path))
+    }
+
+    /// A cgroup by its path as /proc/PID/cgroup shows it.
+    pub fn at(path: &str) -> Self {
+        Self {
+            path: Path::new(ROOT).join(path.trim_start_matches('/')),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The name of the unit that owns the cgroup: its last component, for a scope.
+    pub fn unit(&self) -> Option<&str> {
+        self.path.file_name()?.to_str()
+    }
+
+    pub fn exists(&self) -> bool {
+        self.path.is_dir()
+    }
+
+    /// Controllers in force here.
+    pub fn controllers(&self) -> io::Result<Vec<String>> {
+        Ok(self
+            .read("cgroup.controllers")?
+            .split_whitespace()
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// Whether a live process is in it or below it; a cgroup that is gone has none.
+    pub fn is_populated(&self) -> io::Result<bool> {
+        match self.read("cgroup.events") {
+            Ok(events) => Ok(field(&events, "populated") == Some(1)),
+            Err(error) if is_gone(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// SIGKILL to every process in it and below it (Linux 5.14); none are left to kill if it is gone.
+    pub fn kill(&self) -> io::Result<()> {
+        match fs::write(self.path.join("cgroup.kill"), "1") {
+            Err(error) if !is_gone(&error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn memory(&self) -> Memory {
+        let stat = self.read("memory.stat").unwrap_or_default();
+        Memory {
+            usage_bytes: self.number("memory.current"),
+            swap_bytes: self.number("memory.swap.current"),
+            peak_bytes: self.number("memory.peak"),
+            anon_bytes: field(&stat, "anon"),
+            file_bytes: field(&stat, "file"),
+            kernel_bytes: field(&stat, "kernel"),
+        }
+    }
+
+    /// `None` once the cgroup is gone.
+    pub fn cpu(&self) -> Option<Cpu> {
+        let stat = self.read("cpu.stat").ok()?;
+        Some(Cpu {
+            usage_usec: field(&stat, "usage_usec")?,
+            user_usec: field(&stat, "user_usec")?,
+            system_usec: field(&stat, "system_usec")?,
+            throttled_periods: field(&stat, "nr_throttled"),
+            throttled_usec: field(&stat, "throttled_usec"),
+        })
+    }
+
+    /// The hard limit in force; `Some(None)` is no limit, `None` is no such file.
+    pub fn memory_max_bytes(&self) -> Option<Option<u64>> {
+        let text = self.read("memory.max").ok()?;
+        Some(text.trim().parse().ok())
+    }
+
+    /// The quota in force, in µs per second; `Some(None)` is no limit, `None` is no such file.
+    pub fn cpu_quota_usec_per_sec(&self) -> Option<Option<u64>> {
+        let text = self.read("cpu.max").ok()?;
+        let (quota, period) = text.trim().split_once(' ')?;
+        let period: u64 = period.parse().ok()?;
+        Some(
+            quota
+                .parse::<u64>()
+                .ok()
+                .and_then(|quota| quota.saturating_mul(1_000_000).checked_div(period)),
+        )
+    }
+
+    fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(self.path.join(file))
+    }
+
+    fn number(&self, file: &str) -> Option<u64> {
+        self.read(file).ok()?.trim().parse().ok()
+    }
+}
+
+/// The v2 path in the text of /proc/PID/cgroup.
+pub fn unified(text: &str) -> Option<&str> {
+    text.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
+/// A removed cgroup answers ENODEV to descriptors that were open, ENOENT to paths.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}
+
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| {
+        line.strip_prefix(name)?
+            .strip_prefix(' ')?
+            .trim()
+            .parse()
+            .ok()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unified_line_is_found_among_those_of_v1() {
+        assert_eq!(
+            unified("5:memory:/a\n0::/exec2.slice/x.scope\n"),
+            Some("/exec2.slice/x.scope")
+        );
+        assert_eq!(unified("5:memory:/a\n"), None);
+    }
+
+    #[test]
+    fn numbers_are_read_as_the_kernel_writes_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup {
+            path: dir.path().to_owned(),
+        };
+        fs::write(dir.path().join("memory.current"), "4096\n").unwrap();
+        fs::write(
+            dir.path().join("memory.stat"),
+            "anon 1\nanon_thp 9\nfile 2\nkernel 3\n",
+        )
+        .unwrap();
+        fs::write(
+            dir.path().join("cpu.stat"),
+            "usage_usec 10\nuser_usec 6\nsystem_usec 4\n",
+        )
+        .unwrap();
+        fs::write(dir.path().join("cpu.max"), "25000 100000\n").unwrap();
+        fs::write(dir.path().join("memory.max"), "max\n").unwrap();
+        let memory = cgroup.memory();
+        assert_eq!(
+            (memory.usage_bytes, memory.anon_bytes, memory.peak_bytes),
+            (Some(4096), Some(1), None)
+        );
+        assert_eq!(cgroup.cpu().unwrap().user_usec, 6);
+        assert_eq!(cgroup.cpu().unwrap().throttled_periods, None);
+        assert_eq!(cgroup.cpu_quota_usec_per_sec(), Some(Some(250_000)));
+        assert_eq!(cgroup.memory_max_bytes(), Some(None));
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_is_empty_and_killed() {
+        let cgroup = Cgroup::at("/exec2.slice/never-there.scope");
+        assert!(!cgroup.is_populated().unwrap());
+        cgroup.kill().unwrap();
+        assert_eq!(cgroup.cpu(), None);
+    }
+}

@@ -1,0 +1,183 @@
+//! What this host offers: root, cgroup v2, Landlock, systemd's version, the agent's unit, CPU power. Read, never changed.
+
+use std::fs;
+use std::path::Path;
+
+use crate::cgroup::{self, Cgroup};
+use crate::plan::limits::{Compute, QuotaGrain};
+
+/// The controllers that limits are made of.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// The first systemd whose CPU quota survives a daemon-reload to the hundredth of a percent.
+const FINE_QUOTA_SYSTEMD: u32 = 257;
+
+/// Whether tasks can run here, and if not, why, with the remedy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fitness {
+    Fit,
+    /// Something that tasks need is missing for now.
+    Unhealthy(String),
+    /// This is no host for the driver.
+    Undetected(String),
+}
+
+/// Facts that do not need systemd's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Host {
+    pub is_root: bool,
+    pub is_unified: bool,
+    pub missing_controllers: Vec<&'static str>,
+    /// Landlock's ABI; `None` if the kernel has none or it is off.
+    pub landlock_abi: Option<u32>,
+}
+
+impl Host {
+    pub fn read() -> Self {
+        let controllers = Cgroup::at("/").controllers();
+        let has = |name: &&str| {
+            controllers
+                .as_ref()
+                .is_ok_and(|all| all.iter().any(|one| one == name))
+        };
+        Self {
+            is_root: nix::unistd::geteuid().is_root(),
+            is_unified: controllers.is_ok(),
+            missing_controllers: CONTROLLERS.into_iter().filter(|name| !has(name)).collect(),
+            landlock_abi: crate::sys::landlock_abi(),
+        }
+    }
+
+    /// Judges the host; `systemd` is its version, or why it did not answer.
+    pub fn fitness(&self, systemd: &Result<String, String>) -> Fitness {
+        if !self.is_root {
+            return Fitness::Undetected("Driver must run as root".into());
+        }
+        if !self.is_unified {
+            let text = "cgroup v2 is not mounted at /sys/fs/cgroup; boot with systemd.unified_cgroup_hierarchy=1";
+            return Fitness::Undetected(text.into());
+        }
+        if self.landlock_abi.is_none() {
+            let text = "Landlock is not available; it needs Linux 5.13 or newer with landlock in the kernel's lsm= list";
+            return Fitness::Undetected(text.into());
+        }
+        if let Err(reason) = systemd {
+            return Fitness::Unhealthy(reason.clone());
+        }
+        if !self.missing_controllers.is_empty() {
+            let missing = self.missing_controllers.join(", ");
+            return Fitness::Unhealthy(format!(
+                "cgroup v2 has no {missing} controller, so limits are not in force; check cgroup_disable= and v1 mounts"
+            ));
+        }
+        Fitness::Fit
+    }
+}
+
+/// How finely this systemd keeps a CPU quota, from its version string.
+pub fn quota_grain(version: &str) -> QuotaGrain {
+    let number: u32 = version
+        .split(|c: char| !c.is_ascii_digit())
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(0);
+    if number >= FINE_QUOTA_SYSTEMD {
+        QuotaGrain::Fine
+    } else {
+        QuotaGrain::WholePercent
+    }
+}
+
+/// The service that we, and so the agent, run in.
+pub fn agent_unit() -> Option<String> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let unit = Path::new(cgroup::unified(&text)?).file_name()?.to_str()?;
+    unit.ends_with(".service").then(|| unit.to_owned())
+}
+
+/// CPU power as the kernel tells it, for a start without an agent. The 1,000 MHz of a CPU that does not tell its speed
+/// make `cpu = 1000` one whole CPU.
+pub fn compute() -> Compute {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let khz = fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq");
+    let mhz = khz
+        .ok()
+        .and_then(|khz| khz.trim().parse::<u64>().ok())
+        .map_or(1_000, |khz| (khz / 1_000).max(1));
+    Compute {
+        total_mhz: mhz * cores,
+        cores,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIT: Host = Host {
+        is_root: true,
+        is_unified: true,
+        missing_controllers: Vec::new(),
+        landlock_abi: Some(6),
+    };
+
+    #[test]
+    fn each_missing_thing_is_named_with_its_remedy() {
+        let systemd = Ok("257".to_owned());
+        let cases = [
+            (
+                Host {
+                    is_root: false,
+                    ..FIT
+                },
+                Fitness::Undetected("Driver must run as root".into()),
+            ),
+            (
+                Host {
+                    is_unified: false,
+                    ..FIT
+                },
+                Fitness::Undetected("cgroup v2 is not".into()),
+            ),
+            (
+                Host {
+                    landlock_abi: None,
+                    ..FIT
+                },
+                Fitness::Undetected("Landlock is not available; it needs".into()),
+            ),
+            (
+                Host {
+                    missing_controllers: vec!["cpu", "memory"],
+                    ..FIT
+                },
+                Fitness::Unhealthy("cgroup v2 has no cpu, memory".into()),
+            ),
+            (FIT, Fitness::Fit),
+        ];
+        for (host, expected) in cases {
+            match (host.fitness(&systemd), expected) {
+                (Fitness::Fit, Fitness::Fit) => {}
+                (Fitness::Unhealthy(text), Fitness::Unhealthy(start))
+                | (Fitness::Undetected(text), Fitness::Undetected(start)) => {
+                    assert!(text.starts_with(&start), "{text}");
+                }
+                (got, expected) => panic!("{got:?} is not {expected:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_lost_bus_is_unhealthy_with_its_reason() {
+        assert_eq!(
+            FIT.fitness(&Err("no bus".into())),
+            Fitness::Unhealthy("no bus".into())
+        );
+    }
+
+    #[test]
+    fn versions_of_distributions_are_understood() {
+        assert_eq!(quota_grain("252.39-1~deb12u1"), QuotaGrain::WholePercent);
+        assert_eq!(quota_grain("257.13-1~deb13u1"), QuotaGrain::Fine);
+        assert_eq!(quota_grain("nonsense"), QuotaGrain::WholePercent);
+    }
+}

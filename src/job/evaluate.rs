@@ -1,0 +1,320 @@
+//! The two passes over a job's expressions. Reading the file settles `var.` and `local.`; everything else that is named
+//! inside `${}` stays as text until a task runs, when [`RunTime`] knows its NOMAD_ variables. Pure.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use hcl::eval::{Context, ErrorKind, Evaluate};
+use hcl::expr::{Conditional, Expression, FuncCall, ObjectKey, Operation, Traversal};
+use hcl::template::{Element, Template};
+use hcl::{Identifier, Map, Value};
+
+/// What can be named while the file is read.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    pub variables: Map<String, Value>,
+    pub locals: Map<String, Value>,
+}
+
+impl Names {
+    /// The value of an expression, with run-time names kept as `${name}`.
+    pub fn evaluate(&self, expression: Expression) -> Result<Value, hcl::eval::Error> {
+        let mut context = Context::new();
+        context.declare_var("var", Value::Object(self.variables.clone()));
+        context.declare_var("local", Value::Object(self.locals.clone()));
+        keep(expression, &context)?.evaluate(&context)
+    }
+}
+
+/// Replaces every name that only a running task knows by the text of its own interpolation.
+fn keep(expression: Expression, context: &Context) -> Result<Expression, hcl::eval::Error> {
+    let boxed = |inner: Expression| keep(inner, context);
+    Ok(match expression {
+        Expression::Variable(name) if is_run_time(&name) => as_text(name.to_string()),
+        Expression::Traversal(path) if is_run_time_path(&path) => as_text(path_text(&path)),
+        Expression::TemplateExpr(template) => {
+            let mut template = Template::from_expr(&template)?;
+            for element in template.elements_mut() {
+                if let Element::Interpolation(interpolation) = element {
+                    let inner = std::mem::replace(&mut interpolation.expr, Expression::Null);
+                    interpolation.expr = keep(inner, context)?;
+                }
+            }
+            match template.elements() {
+                // A string that is nothing but one interpolation has the type of what it names.
+                [Element::Interpolation(only)] => only.expr.clone(),
+                _ => Expression::String(template.evaluate(context)?),
+            }
+        }
+        Expression::Array(items) => {
+            Expression::Array(items.into_iter().map(boxed).collect::<Result<_, _>>()?)
+        }
+        Expression::Object(object) => {
+            let entries = object.into_iter().map(|(key, value)| {
+                let key = match key {
+                    ObjectKey::Expression(key) => ObjectKey::Expression(keep(key, context)?),
+                    key => key,
+                };
+                Ok((key, keep(value, context)?))
+            });
+            Expression::Object(entries.collect::<Result<_, hcl::eval::Error>>()?)
+        }
+        Expression::Parenthesis(inner) => keep(*inner, context)?,
+        Expression::Conditional(conditional) => {
+            let Conditional {
+                cond_expr,
+                true_expr,
+                false_expr,
+            } = *conditional;
+            Conditional::new(
+                keep(cond_expr, context)?,
+                keep(true_expr, context)?,
+                keep(false_expr, context)?,
+            )
+            .into()
+        }
+        Expression::FuncCall(call) => {
+            let mut call: FuncCall = *call;
+            let args = std::mem::take(&mut call.args);
+            call.args = args.into_iter().map(boxed).collect::<Result<_, _>>()?;
+            call.into()
+        }
+        Expression::Operation(operation) => {
+            let mut operation = *operation;
+            match &mut operation {
+                Operation::Unary(unary) => {
+                    unary.expr = keep(unary.expr.clone(), context)?;
+                }
+                Operation::Binary(binary) => {
+                    binary.lhs_expr = keep(binary.lhs_expr.clone(), context)?;
+                    binary.rhs_expr = keep(binary.rhs_expr.clone(), context)?;
+                }
+            }
+            operation.into()
+        }
+        settled => settled,
+    })
+}
+
+fn is_run_time(name: &Identifier) -> bool {
+    !matches!(name.as_str(), "var" | "local")
+}
+
+fn is_run_time_path(path: &Traversal) -> bool {
+    matches!(&path.expr, Expression::Variable(root) if is_run_time(root))
+}
+
+fn path_text(path: &Traversal) -> String {
+    Expression::from(path.clone()).to_string()
+}
+
+fn as_text(name: String) -> Expression {
+    Expression::String(format!("${{{name}}}"))
+}
+
+/// What a task's strings may name while it runs: its NOMAD_ variables and its environment.
+#[derive(Debug, Clone)]
+pub struct RunTime {
+    variables: BTreeMap<String, String>,
+}
+
+/// Why a string of the job could not be filled in.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RunTimeError {
+    #[error("line {line}: `{text}` names `{name}`, which only a Nomad cluster knows")]
+    Unknown {
+        line: usize,
+        text: String,
+        name: String,
+    },
+    #[error("line {line}: `{text}`: {cause}")]
+    Template {
+        line: usize,
+        text: String,
+        cause: String,
+    },
+}
+
+impl RunTime {
+    pub fn new(variables: BTreeMap<String, String>) -> Self {
+        RunTime { variables }
+    }
+
+    /// A value of the driver's configuration: every string is a template, and an unknown name is an error.
+    pub fn config(&self, value: &Value, line: usize) -> Result<Value, RunTimeError> {
+        Ok(match value {
+            Value::String(text) => Value::String(self.string(text, line)?),
+            Value::Array(items) => {
+                let items = items.iter().map(|item| self.config(item, line));
+                Value::Array(items.collect::<Result<_, _>>()?)
+            }
+            Value::Object(object) => {
+                let entries = object
+                    .iter()
+                    .map(|(key, value)| Ok((key.clone(), self.config(value, line)?)));
+                Value::Object(entries.collect::<Result<_, _>>()?)
+            }
+            plain => plain.clone(),
+        })
+    }
+
+    /// A string of the driver's configuration.
+    pub fn string(&self, text: &str, line: usize) -> Result<String, RunTimeError> {
+        if !text.contains("${") && !text.contains("%{") {
+            return Ok(text.to_owned());
+        }
+        let failed = |cause: String| RunTimeError::Template {
+            line,
+            text: text.to_owned(),
+            cause,
+        };
+        let template = Template::from_str(text).map_err(|error| failed(error.to_string()))?;
+        template.evaluate(&self.context()).map_err(|error| {
+            let unknown = |name: String| RunTimeError::Unknown {
+                line,
+                text: text.to_owned(),
+                name,
+            };
+            match (error.kind(), error.expr()) {
+                (ErrorKind::UndefinedVar(_), Some(named)) => unknown(named.to_string()),
+                (ErrorKind::UndefinedVar(name), None) => unknown(name.to_string()),
+                _ => failed(error.to_string()),
+            }
+        })
+    }
+
+    /// A value of the `env` block. Nomad replaces only the names it knows here, and leaves the rest as it stands.
+    pub fn env(&self, text: &str) -> String {
+        let mut filled = String::with_capacity(text.len());
+        let mut rest = text;
+        while let Some(start) = rest.find("${") {
+            let (before, from) = rest.split_at(start);
+            filled.push_str(before);
+            let known = from.find('}').and_then(|end| {
+                let value = self.variables.get(&from[2..end])?;
+                Some((value, end + 1))
+            });
+            let (text, used) = known.map_or(("${", 2), |(value, used)| (value.as_str(), used));
+            filled.push_str(text);
+            rest = &from[used..];
+        }
+        filled.push_str(rest);
+        filled
+    }
+
+    fn context(&self) -> Context<'_> {
+        let mut context = Context::new();
+        let env = self
+            .variables
+            .iter()
+            .map(|(name, value)| (name.clone(), Value::from(value.as_str())));
+        context.declare_var("env", Value::Object(env.collect()));
+        for (name, value) in &self.variables {
+            if let Ok(name) = Identifier::new(name.as_str()) {
+                context.declare_var(name, value.as_str());
+            }
+        }
+        context
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn names() -> Names {
+        let mut names = Names::default();
+        names.variables.insert("port".into(), Value::from(8080));
+        names.locals.insert("tag".into(), Value::from("blue"));
+        names
+    }
+
+    fn read(text: &str) -> Value {
+        let expression: Expression = text.parse().unwrap();
+        names().evaluate(expression).unwrap()
+    }
+
+    fn run_time() -> RunTime {
+        RunTime::new(BTreeMap::from([
+            ("NOMAD_TASK_DIR".into(), "/m/local".into()),
+            ("GREETING".into(), "hi".into()),
+        ]))
+    }
+
+    #[test]
+    fn variables_and_locals_are_settled_when_the_file_is_read() {
+        assert_eq!(read("var.port"), Value::from(8080));
+        assert_eq!(read("\"${var.port}\""), Value::from(8080));
+        assert_eq!(
+            read("\"${local.tag}-${var.port}\""),
+            Value::from("blue-8080")
+        );
+        assert_eq!(
+            read("var.port > 80 ? \"high\" : \"low\""),
+            Value::from("high")
+        );
+    }
+
+    #[test]
+    fn names_of_a_running_task_stay_as_they_stand() {
+        assert_eq!(
+            read("\"${NOMAD_TASK_DIR}/x\""),
+            Value::from("${NOMAD_TASK_DIR}/x")
+        );
+        assert_eq!(
+            read("[\"a ${NOMAD_TASK_DIR} ${local.tag} \\\"q\\\" \\\\n\"]"),
+            Value::from(vec!["a ${NOMAD_TASK_DIR} blue \"q\" \\n"])
+        );
+        assert_eq!(
+            read("\"${attr.kernel.name}\""),
+            Value::from("${attr.kernel.name}")
+        );
+        assert_eq!(
+            read("\"${env[\"HOME\"]}\""),
+            Value::from("${env[\"HOME\"]}")
+        );
+    }
+
+    #[test]
+    fn an_escaped_interpolation_survives_reading_only() {
+        assert_eq!(read("\"$${HOME} $HOME\""), Value::from("${HOME} $HOME"));
+        assert_eq!(
+            read("\"$$${HOME}\"").as_str().unwrap().matches('$').count(),
+            2
+        );
+    }
+
+    #[test]
+    fn an_unknown_local_is_an_error() {
+        let expression: Expression = "local.missing".parse().unwrap();
+        let error = names().evaluate(expression).unwrap_err().to_string();
+        assert!(error.contains("missing"), "{error}");
+    }
+
+    #[test]
+    fn a_running_task_fills_in_its_variables() {
+        let filled = run_time().string("${NOMAD_TASK_DIR}/a ${env[\"GREETING\"]}", 3);
+        assert_eq!(filled.unwrap(), "/m/local/a hi");
+    }
+
+    #[test]
+    fn what_only_a_cluster_knows_is_named_with_its_line() {
+        let error = run_time()
+            .string("on ${attr.kernel.name}", 7)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("line 7:") && error.contains("attr"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_env_block_keeps_names_it_does_not_know() {
+        assert_eq!(
+            run_time().env("${NOMAD_TASK_DIR}:${OTHER}:${"),
+            "/m/local:${OTHER}:${"
+        );
+    }
+}

@@ -1,0 +1,133 @@
+//! Writes a task's templates, whose text is used as it stands.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Component, Path, PathBuf};
+
+use super::environment::{Placed, variables};
+use super::{RunTime, RunTimeError, Target, Template};
+
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    #[error(transparent)]
+    RunTime(#[from] RunTimeError),
+    #[error("line {line}: template destination {path} is outside the task's directory")]
+    Outside { line: usize, path: PathBuf },
+    #[error("line {line}: cannot write template {path}: {source}")]
+    Write {
+        line: usize,
+        path: PathBuf,
+        source: std::io::Error,
+    },
+}
+
+/// Writes every template of a task and returns what they add to its environment.
+pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, TemplateError> {
+    let known = RunTime::new(variables(placed));
+    let mut env = BTreeMap::new();
+    for template in &placed.task.templates {
+        let destination = PathBuf::from(known.string(&template.destination, template.line)?);
+        write_one(&placed.paths.root, &destination, template)?;
+        if template.target == Target::Environment {
+            env.extend(assignments(&template.data));
+        }
+    }
+    Ok(env)
+}
+
+/// The directory is fresh and no task has run in it yet, so it holds no symbolic link that could lead out.
+fn write_one(root: &Path, destination: &Path, template: &Template) -> Result<(), TemplateError> {
+    let line = template.line;
+    let path = root.join(destination);
+    let inside = path.strip_prefix(root).is_ok_and(|below| {
+        below
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
+    });
+    if !inside || path == root {
+        return Err(TemplateError::Outside {
+            line,
+            path: destination.to_owned(),
+        });
+    }
+    let parent = path.parent().unwrap_or(root);
+    fs::create_dir_all(parent)
+        .and_then(|()| fs::write(&path, &template.data))
+        .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(template.mode)))
+        .map_err(|source| TemplateError::Write { line, path, source })
+}
+
+/// `KEY=value` lines, with an optional `export` and quotes.
+fn assignments(text: &str) -> impl Iterator<Item = (String, String)> {
+    text.lines().filter_map(|line| {
+        let line = line.trim();
+        let line = line.strip_prefix("export ").unwrap_or(line);
+        let (name, value) = line.split_once('=').filter(|_| !line.starts_with('#'))?;
+        let value = value.trim();
+        let unquoted = value
+            .strip_prefix('"')
+            .and_then(|value| value.strip_suffix('"'))
+            .or_else(|| {
+                value
+                    .strip_prefix('\'')
+                    .and_then(|value| value.strip_suffix('\''))
+            });
+        Some((name.trim().to_owned(), unquoted.unwrap_or(value).to_owned()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn template(destination: &str) -> Template {
+        Template {
+            data: "x".into(),
+            destination: destination.into(),
+            mode: 0o640,
+            target: Target::File,
+            line: 3,
+        }
+    }
+
+    #[test]
+    fn a_template_is_written_below_the_task_s_directory_only() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |destination: &str| {
+            write_one(root.path(), Path::new(destination), &template(destination))
+        };
+        write("local/deep/app.conf").unwrap();
+        let written = root.path().join("local/deep/app.conf");
+        assert_eq!(fs::read_to_string(&written).unwrap(), "x");
+        assert_eq!(
+            fs::metadata(&written).unwrap().permissions().mode() & 0o777,
+            0o640
+        );
+        write(root.path().join("local/absolute").to_str().unwrap()).unwrap();
+        for outside in [
+            "../x",
+            "local/../../x",
+            "/etc/exec2-template",
+            "",
+            "local/../x",
+        ] {
+            assert!(
+                write(outside).unwrap_err().to_string().contains("outside"),
+                "{outside}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_environment_template_is_read_line_by_line() {
+        let text = "# comment\nA=1\nexport B=\"two words\"\n\nnothing\nC='x=y'\n";
+        let read: Vec<_> = assignments(text).collect();
+        let want = [("A", "1"), ("B", "two words"), ("C", "x=y")];
+        assert_eq!(
+            read,
+            want.map(|(name, value)| (name.to_owned(), value.to_owned()))
+        );
+    }
+}

@@ -1,0 +1,105 @@
+//! What the task sees of cgroups: its own scope and the way to it, read-only. From a descriptor of any other cgroup's
+//! directory, root could start processes outside of the scope's limits.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::layers::{self, Finish, Layer, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
+use super::place::open_resolved;
+use super::report::{At, Failure};
+use crate::plan::steps::Step;
+
+const MOUNT: &str = "/sys/fs/cgroup";
+/// statfs type of cgroup v2.
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
+
+/// The scope's files that are read once more when the task has ended.
+#[derive(Debug)]
+pub(super) struct Memory {
+    events: Option<File>,
+    /// Since kernel 5.19.
+    peak: Option<File>,
+}
+
+/// Hides all cgroups but the one that this process is in.
+pub(super) fn confine() -> Result<Memory, Failure> {
+    let scope = own_cgroup()?;
+    let memory = Memory {
+        events: scope
+            .as_ref()
+            .and_then(|dir| File::open(dir.join("memory.events")).ok()),
+        peak: scope
+            .as_ref()
+            .and_then(|dir| File::open(dir.join("memory.peak")).ok()),
+    };
+    if open_resolved(Path::new(MOUNT)).is_err() {
+        return Ok(memory);
+    }
+    let mut layers = vec![Layer {
+        path: MOUNT.into(),
+        tree: layers::empty().at_path(Step::Cgroup, MOUNT)?,
+        finish: Finish::Seal,
+    }];
+    if let Some(path) = scope {
+        let tree = open_resolved(&path)
+            .and_then(|place| layers::clone_tree(place, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY))
+            .at_path(Step::Cgroup, &path)?;
+        layers.push(Layer {
+            path,
+            tree,
+            finish: Finish::Keep,
+        });
+    }
+    layers::lay(Step::Cgroup, layers)?;
+    Ok(memory)
+}
+
+/// The directory of this process' cgroup, if cgroup v2 is mounted: alone, or beside v1.
+fn own_cgroup() -> Result<Option<PathBuf>, Failure> {
+    let list =
+        fs::read_to_string("/proc/self/cgroup").at_path(Step::Cgroup, "/proc/self/cgroup")?;
+    let Some(path) = list.lines().find_map(|line| line.strip_prefix("0::/")) else {
+        return Ok(None);
+    };
+    let mounts = [PathBuf::from(MOUNT), Path::new(MOUNT).join("unified")];
+    let mount = mounts.into_iter().find(|mount| {
+        rustix::fs::statfs(mount).is_ok_and(|status| status.f_type as u64 == CGROUP2_MAGIC)
+    });
+    Ok(mount.map(|mount| {
+        if path.is_empty() {
+            mount
+        } else {
+            mount.join(path)
+        }
+    }))
+}
+
+impl Memory {
+    /// Processes that the kernel's OOM killer ended in the scope.
+    pub fn oom_kills(&self) -> u64 {
+        let mut buffer = [0; 512];
+        let text = text(&self.events, &mut buffer);
+        let mut words = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("oom_kill "));
+        words.next().map_or(0, number)
+    }
+
+    pub fn peak_bytes(&self) -> u64 {
+        number(text(&self.peak, &mut [0; 32]))
+    }
+}
+
+/// Read into a buffer of the caller: when memory.max is reached there may be none for the heap.
+fn text<'a>(file: &Option<File>, buffer: &'a mut [u8]) -> &'a str {
+    let length = file
+        .as_ref()
+        .and_then(|file| file.read_at(buffer, 0).ok())
+        .unwrap_or(0);
+    std::str::from_utf8(&buffer[..length]).unwrap_or("")
+}
+
+fn number(text: &str) -> u64 {
+    text.trim().parse().unwrap_or(0)
+}

@@ -1,0 +1,235 @@
+//! The unveil rules as a Landlock ruleset. Paths are opened with the rights of the calling process, in the final view, once,
+//! and each rule is made for what was opened.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use landlock::{
+    ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, make_bitflags,
+};
+use rustix::fs::{FileType, OFlags, fstat, stat};
+use rustix::io::Errno;
+
+use super::place::{TaskRoot, written};
+use super::report::{At, Failure};
+use crate::plan::steps::{Access, Order, Place, Rule, Source, Step};
+
+/// Since kernels 5.19 and 6.2. An older one denies every rename between directories, and governs no truncation.
+const LATER: BitFlags<AccessFs> = make_bitflags!(AccessFs::{Refer | Truncate});
+const WRITE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{WriteFile | Truncate});
+/// Device nodes are not in it: their creation is handled, and granted by nothing.
+const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
+    MakeReg | MakeDir | MakeSym | MakeFifo | MakeSock | RemoveFile | RemoveDir | Refer
+});
+
+/// A ruleset, and the descriptors without which some of its rules would be lost.
+#[derive(Debug)]
+pub(super) struct Rules {
+    ruleset: RulesetCreated,
+    held: Vec<OwnedFd>,
+}
+
+impl Rules {
+    /// Opens the rules of an order. `pipes` are the task's log pipes, which it may reopen whatever else is unveiled.
+    pub fn open<'a>(
+        order: &Order,
+        root: &TaskRoot,
+        pipes: impl Iterator<Item = &'a OwnedFd>,
+    ) -> Result<Rules, Failure> {
+        let mut ruleset = empty_ruleset().map_err(|error| refused(Step::Rules, &error))?;
+        let mut held = Vec::new();
+        let proc = stat("/proc").at_path(Step::Rules, "/proc")?.st_dev;
+        for rule in &order.rules {
+            let Some(object) = open(rule, root, order.uid)? else {
+                continue;
+            };
+            let status = fstat(&object).at_path(Step::Rules, written(&rule.place))?;
+            add(
+                &mut ruleset,
+                rule,
+                &object,
+                FileType::from_raw_mode(status.st_mode),
+            )?;
+            // The kernel makes a new inode for an entry of /proc when it has forgotten the one that the rule is for.
+            if status.st_dev == proc {
+                held.push(object);
+            }
+        }
+        for pipe in pipes {
+            (&mut ruleset)
+                .add_rule(PathBeneath::new(pipe, WRITE))
+                .map_err(|error| refused(Step::Rules, &error))?;
+        }
+        Ok(Rules { ruleset, held })
+    }
+
+    /// What the supervisor keeps for the task: the ruleset, for others to join it, and the rules that would be lost.
+    pub fn hold(
+        &self,
+        keep: impl FnOnce(&[BorrowedFd<'_>]) -> io::Result<()>,
+    ) -> Result<(), Failure> {
+        let ruleset: Option<OwnedFd> = self.ruleset.try_clone().at(Step::Restrict)?.into();
+        let held: Vec<_> = ruleset.iter().chain(&self.held).map(AsFd::as_fd).collect();
+        keep(&held).at(Step::Restrict)
+    }
+
+    /// Sets no_new_privs and restricts the calling thread, for good.
+    pub fn restrict(self) -> Result<(), Failure> {
+        let status = self
+            .ruleset
+            .restrict_self()
+            .map_err(|error| refused(Step::Restrict, &error))?;
+        if status.ruleset == RulesetStatus::NotEnforced || !status.no_new_privs {
+            return Err(
+                Failure::new(Step::Restrict, 0).note("the kernel did not enforce the rules")
+            );
+        }
+        Ok(())
+    }
+}
+
+fn empty_ruleset() -> Result<RulesetCreated, landlock::RulesetError> {
+    Ruleset::default()
+        .set_compatibility(CompatLevel::HardRequirement)
+        .handle_access(AccessFs::from_all(ABI::V1))?
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(LATER)?
+        .create()
+}
+
+/// What a rule is for, or nothing if it is a default whose path is not there for this user.
+fn open(rule: &Rule, root: &TaskRoot, uid: u32) -> Result<Option<OwnedFd>, Failure> {
+    let errno = match root.open_place(&rule.place, OFlags::empty()) {
+        Ok(object) => return Ok(Some(object)),
+        Err(errno) => errno,
+    };
+    let failure = Failure::new(Step::Rules, errno.raw_os_error()).on(spelled(rule));
+    match (errno, rule.source, &rule.place) {
+        (Errno::NOENT | Errno::ACCESS | Errno::NOTDIR | Errno::LOOP, Source::Default, _) => {
+            Ok(None)
+        }
+        (Errno::ACCESS, ..) => Err(failure.note(format!("uid {uid} cannot reach it"))),
+        (Errno::LOOP, _, Place::Task(_)) => {
+            Err(failure.note("no symbolic link is followed in the task's directory"))
+        }
+        (Errno::XDEV, _, Place::Task(_)) => {
+            Err(failure.note("it leads out of the task's directory"))
+        }
+        _ => Err(failure),
+    }
+}
+
+fn add(
+    ruleset: &mut RulesetCreated,
+    rule: &Rule,
+    object: &OwnedFd,
+    kind: FileType,
+) -> Result<(), Failure> {
+    let fail = |errno| Failure::new(Step::Rules, errno).on(spelled(rule));
+    let access = rights(rule.access, kind);
+    if access.is_empty() {
+        return Err(fail(0).note("\"c\" allows nothing on a file; it is for directories"));
+    }
+    match ruleset.add_rule(PathBeneath::new(object, access)) {
+        Ok(_) => Ok(()),
+        // An anonymous pipe, /dev/stdout perhaps: Landlock takes no rule for it, and does not govern it.
+        Err(error) if errno_of(&error) == libc::EBADFD => match rule.source {
+            Source::Default => Ok(()),
+            _ => Err(fail(0).note("it is an anonymous pipe or socket, which needs no unveiling")),
+        },
+        Err(error) => Err(refused(Step::Rules, &error).on(spelled(rule))),
+    }
+}
+
+/// The rights of a mode: a file has none of a directory's, and the kernel refuses a rule that grants them.
+fn rights(access: Access, kind: FileType) -> BitFlags<AccessFs> {
+    let on_directory = |rights: BitFlags<AccessFs>| match kind {
+        FileType::Directory => rights,
+        _ => BitFlags::EMPTY,
+    };
+    let granted = [
+        (
+            access.read,
+            on_directory(AccessFs::ReadDir.into()) | AccessFs::ReadFile,
+        ),
+        (access.write, WRITE),
+        (access.execute, AccessFs::Execute.into()),
+        (access.create, on_directory(CREATE)),
+    ];
+    granted
+        .into_iter()
+        .filter_map(|(asked, rights)| asked.then_some(rights))
+        .fold(BitFlags::EMPTY, |all, rights| all | rights)
+}
+
+/// A rule as a job author writes it.
+fn spelled(rule: &Rule) -> String {
+    format!("{}:{}", rule.access, written(&rule.place).display())
+}
+
+fn refused(step: Step, error: &landlock::RulesetError) -> Failure {
+    match errno_of(error) {
+        0 => Failure::new(step, 0).note(format!("{error} (is Landlock enabled in the kernel?)")),
+        errno => Failure::new(step, errno),
+    }
+}
+
+/// The errno at the bottom of an error, or 0.
+fn errno_of(error: &(dyn Error + 'static)) -> i32 {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(errno) = error.downcast_ref().and_then(io::Error::raw_os_error) {
+            return errno;
+        }
+        next = error.source();
+    }
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mode(letters: &str) -> Access {
+        Access {
+            read: letters.contains('r'),
+            write: letters.contains('w'),
+            execute: letters.contains('x'),
+            create: letters.contains('c'),
+        }
+    }
+
+    #[test]
+    fn modes_grant_what_the_kind_of_file_can_have() {
+        use AccessFs::*;
+        let cases = [
+            ("r", FileType::Directory, ReadFile | ReadDir),
+            ("r", FileType::RegularFile, ReadFile.into()),
+            ("w", FileType::Directory, WriteFile | Truncate),
+            ("w", FileType::Fifo, WriteFile | Truncate),
+            ("x", FileType::RegularFile, Execute.into()),
+            ("c", FileType::Directory, CREATE),
+            ("c", FileType::RegularFile, BitFlags::EMPTY),
+            (
+                "rwxc",
+                FileType::RegularFile,
+                ReadFile | WriteFile | Truncate | Execute,
+            ),
+        ];
+        for (letters, kind, granted) in cases {
+            assert_eq!(
+                rights(mode(letters), kind),
+                granted,
+                "{letters} on {kind:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn no_mode_grants_device_nodes() {
+        let all = rights(mode("rwxc"), FileType::Directory);
+        assert!(!all.intersects(AccessFs::MakeChar | AccessFs::MakeBlock));
+    }
+}

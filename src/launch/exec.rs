@@ -1,0 +1,128 @@
+//! The command: found in the task's PATH where it is a bare name, executed, and explained where that fails.
+
+use std::ffi::{CStr, CString};
+
+use nix::errno::Errno;
+use nix::unistd::execve;
+use rustix::fs::{FileType, stat};
+
+use super::report::Failure;
+use crate::plan::steps::{Order, Step};
+
+/// Where a bare name is looked for if the task's environment has no PATH.
+const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+
+/// Everything that exec needs, made before the scope pays for it.
+#[derive(Debug)]
+pub(super) struct Command {
+    name: String,
+    uid: u32,
+    argv: Vec<CString>,
+    environment: Vec<CString>,
+    candidates: Vec<CString>,
+    /// Set for a bare name: where it was looked for.
+    search_path: Option<String>,
+}
+
+impl Command {
+    pub fn new(order: &Order) -> Result<Command, Failure> {
+        let text = |bytes: String| {
+            CString::new(bytes).map_err(|_| {
+                Failure::new(Step::Exec, 0)
+                    .on(&order.command)
+                    .note("the command, an argument or a variable contains a NUL byte")
+            })
+        };
+        let words = std::iter::once(&order.command).chain(&order.args);
+        let argv = words.cloned().map(text).collect::<Result<_, _>>()?;
+        let variables = order
+            .env
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"));
+        let environment = variables.map(text).collect::<Result<_, _>>()?;
+        let search_path = (!order.command.contains('/')).then(|| path_of(order));
+        let candidates = match &search_path {
+            None => vec![text(order.command.clone())?],
+            // An empty entry means the working directory, where a task writes: it is not searched.
+            Some(path) => path
+                .split(':')
+                .filter(|directory| !directory.is_empty())
+                .map(|directory| text(format!("{directory}/{}", order.command)))
+                .collect::<Result<_, _>>()?,
+        };
+        Ok(Command {
+            name: order.command.clone(),
+            uid: order.uid,
+            argv,
+            environment,
+            candidates,
+            search_path,
+        })
+    }
+
+    /// Becomes the command. Returns only why it could not.
+    pub fn execute(&self) -> Failure {
+        let mut denied = None;
+        for candidate in &self.candidates {
+            let Err(errno) = execve(candidate, &self.argv, &self.environment);
+            match errno {
+                Errno::ENOENT | Errno::ENOTDIR
+                    if self.search_path.is_some() && !exists(candidate) => {}
+                Errno::EACCES if self.search_path.is_some() => {
+                    denied.get_or_insert(candidate);
+                }
+                _ => return self.failure(errno, candidate),
+            }
+        }
+        match (denied, &self.search_path) {
+            (Some(candidate), _) => self.failure(Errno::EACCES, candidate),
+            (None, path) => Failure::new(Step::Exec, 0).on(&self.name).note(format!(
+                "not found in PATH {:?}",
+                path.as_deref().unwrap_or("")
+            )),
+        }
+    }
+
+    fn failure(&self, errno: Errno, candidate: &CStr) -> Failure {
+        let failure = Failure::new(Step::Exec, errno as i32).on(&self.name);
+        let found = match self.search_path {
+            Some(_) => format!("found as {}; ", candidate.to_string_lossy()),
+            None => String::new(),
+        };
+        match errno {
+            Errno::EACCES if is_directory(candidate) => {
+                failure.note(format!("{found}it is a directory"))
+            }
+            Errno::EACCES => failure.note(format!(
+                "{found}is it unveiled with \"rx\", its interpreter and libraries too, and executable by uid {}?",
+                self.uid
+            )),
+            Errno::ENOENT if exists(candidate) => {
+                failure.note(format!("{found}the file is there, but its interpreter is not"))
+            }
+            Errno::ENOEXEC => failure.note(format!(
+                "{found}neither a program for this machine nor a script that begins with #!"
+            )),
+            Errno::E2BIG => failure.note("arguments and environment are larger than the kernel takes"),
+            _ if !found.is_empty() => failure.note(found.trim_end_matches("; ")),
+            _ => failure,
+        }
+    }
+}
+
+fn path_of(order: &Order) -> String {
+    let mut variables = order.env.iter().rev();
+    variables
+        .find(|(key, _)| key == "PATH")
+        .map_or(DEFAULT_PATH, |(_, value)| value)
+        .into()
+}
+
+fn is_directory(path: &CStr) -> bool {
+    stat(path).is_ok_and(|status| FileType::from_raw_mode(status.st_mode) == FileType::Directory)
+}
+
+/// Landlock does not govern stat(2).
+fn exists(path: &CStr) -> bool {
+    stat(path).is_ok()
+}

@@ -1,0 +1,146 @@
+//! Detached mounts and how they are laid over the tree. It knows the mount calls, and nothing of what a task should see.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, mkdirat, openat};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+};
+
+use super::place::open_resolved;
+use super::report::{At, Failure};
+use crate::plan::steps::Step;
+use crate::sys;
+
+/// Mount attributes, `libc::MOUNT_ATTR_*`.
+pub(super) type Attributes = u64;
+
+pub(super) const READ_ONLY: Attributes = libc::MOUNT_ATTR_RDONLY;
+pub(super) const NO_SUID: Attributes = libc::MOUNT_ATTR_NOSUID;
+pub(super) const NO_DEV: Attributes = libc::MOUNT_ATTR_NODEV;
+pub(super) const NO_EXEC: Attributes = libc::MOUNT_ATTR_NOEXEC;
+
+/// What is done to a layer once everything is in place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Finish {
+    Keep,
+    /// Mount points for others were made in it; now it becomes read-only.
+    Seal,
+}
+
+/// A detached mount and where it belongs.
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub path: PathBuf,
+    pub tree: OwnedFd,
+    pub finish: Finish,
+}
+
+/// Lays the layers over the tree, outer ones first, and seals those that want it.
+pub(super) fn lay(step: Step, mut layers: Vec<Layer>) -> Result<(), Failure> {
+    layers.sort_by(|a, b| a.path.cmp(&b.path));
+    for layer in &layers {
+        attach(layer).at_path(step, &layer.path)?;
+    }
+    for layer in layers.iter().filter(|layer| layer.finish == Finish::Seal) {
+        sys::mount_setattr(&layer.tree, c"", libc::AT_EMPTY_PATH, READ_ONLY, 0)
+            .at_path(step, &layer.path)?;
+    }
+    Ok(())
+}
+
+fn attach(layer: &Layer) -> Result<(), Errno> {
+    let target = match open_resolved(&layer.path) {
+        Err(Errno::NOENT) => make_mount_point(layer)?,
+        result => result?,
+    };
+    move_onto(&layer.tree, target)
+}
+
+pub(super) fn move_onto(tree: &OwnedFd, target: impl AsFd) -> Result<(), Errno> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(tree, "", target, "", flags)
+}
+
+/// Where nothing lies under the layer, it is in one of ours: a mask, or the task's own tmp. The kernel refuses it anywhere
+/// else, as the tree is read-only by then.
+fn make_mount_point(layer: &Layer) -> Result<OwnedFd, Errno> {
+    let (Some(parent), Some(name)) = (layer.path.parent(), layer.path.file_name()) else {
+        return Err(Errno::NOENT);
+    };
+    let parent = make_directory(parent)?;
+    match FileType::from_raw_mode(fstat(&layer.tree)?.st_mode) {
+        FileType::Directory => mkdirat(&parent, name, Mode::from_raw_mode(0o755))?,
+        _ => drop(openat(
+            &parent,
+            name,
+            OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC,
+            Mode::from_raw_mode(0o644),
+        )?),
+    }
+    open_resolved(&layer.path)
+}
+
+/// The directory at an absolute path, made if it is missing, through no link.
+fn make_directory(path: &Path) -> Result<OwnedFd, Errno> {
+    match (open_resolved(path), path.parent(), path.file_name()) {
+        (Err(Errno::NOENT), Some(parent), Some(name)) => {
+            mkdirat(make_directory(parent)?, name, Mode::from_raw_mode(0o755))?;
+            open_resolved(path)
+        }
+        (result, ..) => result,
+    }
+}
+
+/// A copy of the mounts at an open place.
+pub(super) fn clone_tree(place: impl AsFd, set: Attributes) -> Result<OwnedFd, Errno> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH
+        | OpenTreeFlags::AT_RECURSIVE;
+    let tree = open_tree(place, "", flags)?;
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    sys::mount_setattr(&tree, c"", flags, set, 0).map_err(errno)?;
+    Ok(tree)
+}
+
+/// A new file system: tmpfs, proc, mqueue.
+pub(super) fn new_filesystem(
+    kind: &CStr,
+    options: &[(&str, &str)],
+    set: Attributes,
+) -> Result<OwnedFd, Errno> {
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        fsconfig_set_string(&context, *key, *value)?;
+    }
+    fsconfig_create(&context)?;
+    fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::from_bits_retain(set as u32),
+    )
+}
+
+/// An empty directory of its own, to hide what is at a place, or to hold some of it.
+pub(super) fn empty() -> Result<OwnedFd, Errno> {
+    new_filesystem(c"tmpfs", &[("mode", "0755")], NO_SUID | NO_DEV | NO_EXEC)
+}
+
+/// Changes what is mounted at exactly this path.
+pub(super) fn set_attributes(
+    path: &CStr,
+    flags: i32,
+    set: Attributes,
+    clear: Attributes,
+) -> Result<(), Errno> {
+    sys::mount_setattr(CWD, path, flags, set, clear).map_err(errno)
+}
+
+fn errno(error: std::io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}

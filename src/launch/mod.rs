@@ -1,0 +1,148 @@
+//! The helper: PID 1 of a task's PID namespace, which prepares, confines and executes the task, and then stays as its
+//! supervisor. One thread, no async, no logger, no decisions: its `Order` says what to do, `Step::ALL` in which order.
+//! `spawn` and `report` are what the plugin sees of it.
+
+mod cgroup;
+mod confine;
+mod exec;
+mod layers;
+mod mounts;
+mod namespaces;
+mod place;
+mod privileges;
+pub mod report;
+mod spawn;
+mod stdio;
+mod supervise;
+mod task;
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{OwnedFd, RawFd};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+
+use crate::plan::steps::{Order, Step};
+use crate::record;
+use crate::sys::{self, Fork, SharedPage};
+use place::TaskRoot;
+use report::{At, Failure, Parking};
+pub use spawn::{Parked, SUBCOMMAND, spawn};
+use supervise::Watch;
+use task::Prepared;
+
+/// What `spawn` puts where, after /dev/null as 0, 1 and 2.
+const CONTROL: RawFd = 3;
+const RECORD: RawFd = 4;
+const ORDER: RawFd = 5;
+const OUTPUT: [RawFd; 2] = [6, 7];
+
+/// The helper's whole life. `main` calls it before there is any thread, parser or logger.
+pub fn run() -> ! {
+    // First of all, while it is charged to the plugin: the task inherits what this sets.
+    sys::reset_signals();
+    let control = sys::inherited(CONTROL)
+        .ok()
+        .filter(|fd| sockopt::socket_type(fd) == Ok(SocketType::SEQPACKET));
+    let Some(control) = control else {
+        eprintln!(
+            "\"{SUBCOMMAND}\" is how the plugin starts a task's helper; it does nothing by hand."
+        );
+        sys::exit_now(2);
+    };
+    let ready = prepare().and_then(|ready| {
+        report::parked(&control).at(Step::Release)?;
+        Ok((ready, report::wait_for_release(&control).at(Step::Release)?))
+    });
+    match ready {
+        Ok((ready, Parking::Released)) => enter(control, ready),
+        Ok((_, Parking::Abandoned)) => sys::exit_now(0),
+        Err(failure) => give_up(&control, &failure),
+    }
+}
+
+/// What charges nothing to the task: it happens before the helper is in the scope.
+fn prepare() -> Result<(Prepared, SharedPage), Failure> {
+    // After execveat of a descriptor, older kernels name the process by the descriptor's number.
+    rustix::thread::set_name(c"exec2-launch").at(Step::Open)?;
+    // The task inherits it: Nomad's usual one, whatever the plugin's own is.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    let record = File::from(sys::inherited(RECORD).at(Step::Open)?);
+    let page = SharedPage::map(&record, record::SIZE_BYTES).at(Step::Open)?;
+    let order = read_order()?;
+    TaskRoot::open(&order.task_dir, Step::Open)?;
+    // The task's own /proc will be read-only: oom_score_adj is written through this one.
+    let host_proc =
+        place::open_host("/proc".as_ref(), OFlags::DIRECTORY).at_path(Step::Open, "/proc")?;
+    let outputs = stdio::open(&order)?;
+    namespaces::join_network(&order)?;
+    namespaces::unshare()?;
+    namespaces::receive_mounts_only()?;
+    let root = mounts::build(&order)?;
+    let prepared = Prepared {
+        root,
+        host_proc,
+        stdio: stdio::in_view(outputs)?,
+        command: exec::Command::new(&order)?,
+        order,
+    };
+    Ok((prepared, page))
+}
+
+/// What happens inside the scope.
+fn enter(control: OwnedFd, (prepared, page): (Prepared, SharedPage)) -> ! {
+    let forked = cgroup::confine().and_then(|memory| {
+        let (supervisor, task) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .at(Step::Fork)?;
+        Ok((memory, supervisor, task, sys::fork().at(Step::Fork)?))
+    });
+    match forked {
+        Err(failure) => give_up(&control, &failure),
+        Ok((_, supervisor, task, Fork::Child)) => {
+            drop((control, supervisor));
+            let Err(failure) = task::become_task(&prepared, &task);
+            give_up(&task, &failure)
+        }
+        Ok((memory, supervisor, task, Fork::Parent { child })) => {
+            let Prepared {
+                host_proc,
+                order,
+                root,
+                stdio,
+                command,
+            } = prepared;
+            // What is not dropped here stays open, and in memory, for as long as the task runs.
+            drop((task, order, root, stdio, command));
+            let watch = Watch {
+                child,
+                channel: supervisor,
+                host_proc,
+                memory,
+                page,
+            };
+            supervise::run(control, watch)
+        }
+    }
+}
+
+/// Tells whoever waits, and ends.
+fn give_up(to: &OwnedFd, failure: &Failure) -> ! {
+    // Whoever is gone cannot be told.
+    let _ = report::failed(to, failure);
+    sys::exit_now(127)
+}
+
+fn read_order() -> Result<Order, Failure> {
+    let mut file = File::from(sys::inherited(ORDER).at(Step::Open)?);
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).at(Step::Open)?;
+    rmp_serde::from_slice(&bytes).map_err(|error| {
+        Failure::new(Step::Open, 0).note(format!("the order is unreadable: {error}"))
+    })
+}

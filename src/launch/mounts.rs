@@ -1,0 +1,278 @@
+//! The mount view: the whole tree read-only, nosuid and nodev, with the writable set cloned before and laid over it again,
+//! and with masks over what must not be reached. It runs in a mount namespace of its own, as root.
+
+use std::ffi::CStr;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, OFlags, fstat};
+use rustix::io::Errno;
+
+use super::layers::{self, Finish, Layer, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
+use super::place::{TaskRoot, open_resolved};
+use super::report::{At, Failure};
+use crate::plan::steps::{Order, RunMask, Step, Tree, View};
+
+/// What stays of a masked /run, for every task: the resolver's files, and the sockets that take a log.
+const KEPT_RUN: [&str; 4] = [
+    "systemd/resolve",
+    "systemd/journal/socket",
+    "systemd/journal/dev-log",
+    "systemd/journal/stdout",
+];
+
+/// Builds the view and returns the task's directory as it is in it.
+pub(super) fn build(order: &Order) -> Result<TaskRoot, Failure> {
+    let view = &order.view;
+    let root = TaskRoot::open(&order.task_dir, Step::View)?;
+    let layers = layers_of(view, &root)?;
+    if view.tree == Tree::ReadOnly {
+        let set = READ_ONLY | NO_SUID | NO_DEV;
+        layers::set_attributes(c"/", libc::AT_RECURSIVE, set, 0).at_path(Step::View, "/")?;
+    }
+    layers::lay(Step::View, layers)?;
+    // Who opens a terminal changes its mode and owner. A host without devpts has nothing to change here.
+    let _ = layers::set_attributes(c"/dev/pts", 0, 0, READ_ONLY);
+    let root = TaskRoot::open(&order.task_dir, Step::View)?;
+    close_logs(&root)?;
+    Ok(root)
+}
+
+/// Everything that is laid over the tree, copied from it while it still is the host's.
+fn layers_of(view: &View, root: &TaskRoot) -> Result<Vec<Layer>, Failure> {
+    let task_dir = resolve(&root.path(""))?.unwrap_or_else(|| root.path(""));
+    let wanted = Wanted::all(view)?;
+    let brought = |path: &Path| wanted.iter().any(|want| path.starts_with(&want.path));
+    let hidden: Vec<Mask> = Mask::all(view.run)?
+        .into_iter()
+        .filter(|mask| !brought(&mask.path))
+        .collect();
+    let is_hidden = |path: &Path| hidden.iter().any(|mask| path.starts_with(&mask.path));
+
+    let mut layers = vec![
+        layer(
+            task_dir.clone(),
+            layers::clone_tree(root.fd(), NO_SUID | NO_DEV),
+        )?,
+        proc(view)?,
+    ];
+    if view.tree == Tree::ReadOnly && !brought(Path::new("/dev")) {
+        layers.extend(dev()?);
+    }
+    for mask in &hidden {
+        layers.push(mask.layer(root)?);
+    }
+    for path in exceptions(view.run)?
+        .into_iter()
+        .filter(|path| is_hidden(path))
+    {
+        layers.extend(copy(path, Write::Denied)?);
+    }
+    for want in &wanted {
+        let writable = view.tree == Tree::ReadOnly && want.write == Write::Allowed;
+        let needed = writable || is_hidden(&want.path);
+        let covered = wanted.iter().any(|other| other.covers(want));
+        if needed && !covered && !want.path.starts_with(&task_dir) {
+            layers.extend(copy(want.path.clone(), want.write)?);
+        }
+    }
+    Ok(layers)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Write {
+    Denied,
+    Allowed,
+}
+
+/// A path that the job or the operator asked for: to be writable, or to be seen in spite of a mask.
+#[derive(Debug)]
+struct Wanted {
+    path: PathBuf,
+    write: Write,
+}
+
+impl Wanted {
+    fn all(view: &View) -> Result<Vec<Wanted>, Failure> {
+        let paths = view.writable.iter().map(|path| (path, Write::Allowed));
+        let paths = paths.chain(view.kept.iter().map(|path| (path, Write::Denied)));
+        let mut all = Vec::new();
+        // A path that is missing is for the unveil rules to name, or to skip.
+        for (path, write) in paths.filter(|(path, _)| !path.starts_with("/proc")) {
+            all.extend(resolve(path)?.map(|path| Wanted { path, write }));
+        }
+        all.sort_by(|a, b| a.path.cmp(&b.path).then(b.write.cmp(&a.write)));
+        all.dedup_by(|later, first| later.path == first.path);
+        Ok(all)
+    }
+
+    fn covers(&self, other: &Wanted) -> bool {
+        self.path != other.path && other.path.starts_with(&self.path) && self.write >= other.write
+    }
+}
+
+/// A directory of the host that the task sees something else in place of.
+#[derive(Debug)]
+struct Mask {
+    path: PathBuf,
+    instead: Instead,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Instead {
+    Nothing,
+    TaskTmp,
+    SharedMemory,
+    MessageQueues,
+}
+
+impl Mask {
+    /// All masks that have something to hide on this host.
+    fn all(run: RunMask) -> Result<Vec<Mask>, Failure> {
+        let mut candidates = vec![
+            (PathBuf::from("/tmp"), Instead::TaskTmp),
+            (PathBuf::from("/dev/shm"), Instead::SharedMemory),
+            (PathBuf::from("/dev/mqueue"), Instead::MessageQueues),
+        ];
+        for base in run_directories()? {
+            match run {
+                RunMask::All => candidates.push((base, Instead::Nothing)),
+                RunMask::Managers => candidates.extend(
+                    ["dbus", "systemd", "user"].map(|name| (base.join(name), Instead::Nothing)),
+                ),
+            }
+        }
+        let mut masks = Vec::new();
+        for (path, instead) in candidates {
+            masks.extend(resolve(&path)?.map(|path| Mask { path, instead }));
+        }
+        Ok(masks)
+    }
+
+    fn layer(&self, root: &TaskRoot) -> Result<Layer, Failure> {
+        let filesystem = |kind: &CStr, options: &[(&str, &str)]| {
+            layers::new_filesystem(kind, options, NO_SUID | NO_DEV)
+        };
+        let made = match self.instead {
+            Instead::Nothing => {
+                return Ok(Layer {
+                    finish: Finish::Seal,
+                    ..layer(self.path.clone(), layers::empty())?
+                });
+            }
+            Instead::TaskTmp => {
+                let tmp = root
+                    .beneath("tmp", OFlags::DIRECTORY)
+                    .at_path(Step::View, root.path("tmp"))?;
+                layers::clone_tree(tmp, NO_SUID | NO_DEV)
+            }
+            Instead::SharedMemory => filesystem(c"tmpfs", &[("mode", "1777")]),
+            Instead::MessageQueues => filesystem(c"mqueue", &[]),
+        };
+        layer(self.path.clone(), made)
+    }
+}
+
+/// What the masks of /run leave in place.
+fn exceptions(run: RunMask) -> Result<Vec<PathBuf>, Failure> {
+    let also = match run {
+        RunMask::All => "nscd",
+        RunMask::Managers => "systemd/userdb",
+    };
+    let mut paths = Vec::new();
+    for base in run_directories()? {
+        paths.extend(KEPT_RUN.iter().map(|name| base.join(name)));
+        paths.push(base.join(also));
+    }
+    // NetworkManager, resolvconf and others keep the resolver's configuration in /run too.
+    paths.extend(resolve(Path::new("/etc/resolv.conf"))?);
+    Ok(paths)
+}
+
+/// /run, and /var/run where it is not a link to it.
+fn run_directories() -> Result<Vec<PathBuf>, Failure> {
+    let mut directories = Vec::new();
+    for path in ["/run", "/var/run"] {
+        directories.extend(resolve(Path::new(path))?);
+    }
+    directories.dedup();
+    Ok(directories)
+}
+
+/// The task's own /proc. Read-only, as chmod of an entry in it is a chmod in every other /proc.
+fn proc(view: &View) -> Result<Layer, Failure> {
+    let writable = view.writable.iter().any(|path| path.starts_with("/proc"));
+    let set = match view.tree {
+        Tree::ReadOnly if !writable => NO_SUID | NO_DEV | NO_EXEC | READ_ONLY,
+        _ => NO_SUID | NO_DEV | NO_EXEC,
+    };
+    layer("/proc".into(), layers::new_filesystem(c"proc", &[], set))
+}
+
+/// /dev as it is, but read-only: devices are written to all the same, and nobody changes their owners and modes.
+fn dev() -> Result<Option<Layer>, Failure> {
+    match open_resolved(Path::new("/dev")) {
+        Err(Errno::NOENT) => Ok(None),
+        place => {
+            let place = place.at_path(Step::View, "/dev")?;
+            layer(
+                "/dev".into(),
+                layers::clone_tree(place, NO_SUID | READ_ONLY),
+            )
+            .map(Some)
+        }
+    }
+}
+
+/// A place of the host as it is now, to be laid over the read-only tree or into a mask.
+fn copy(path: PathBuf, write: Write) -> Result<Option<Layer>, Failure> {
+    let place = match open_resolved(&path) {
+        Err(Errno::NOENT) => return Ok(None),
+        place => place.at_path(Step::View, &path)?,
+    };
+    let kind = FileType::from_raw_mode(fstat(&place).at_path(Step::View, &path)?.st_mode);
+    let is_device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+    let among_devices = path.starts_with("/dev");
+    let mut set = NO_SUID;
+    if !is_device && !among_devices {
+        set |= NO_DEV;
+    }
+    if is_device || write == Write::Denied {
+        set |= READ_ONLY;
+    }
+    layer(path, layers::clone_tree(place, set)).map(Some)
+}
+
+/// Nomad's root process writes and rotates the logs; whoever could create a link there would write through it as root.
+fn close_logs(root: &TaskRoot) -> Result<(), Failure> {
+    let path = root.path("alloc/logs");
+    let logs = root
+        .beneath("alloc/logs", OFlags::DIRECTORY)
+        .at_path(Step::View, &path)?;
+    layers::clone_tree(&logs, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY)
+        .and_then(|tree| layers::move_onto(&tree, &logs))
+        .at_path(Step::View, &path)
+}
+
+fn layer(path: PathBuf, tree: Result<rustix::fd::OwnedFd, Errno>) -> Result<Layer, Failure> {
+    let tree = tree.at_path(Step::View, &path)?;
+    Ok(Layer {
+        path,
+        tree,
+        finish: Finish::Keep,
+    })
+}
+
+/// The path with all links followed; `None` if there is nothing.
+fn resolve(path: &Path) -> Result<Option<PathBuf>, Failure> {
+    match fs::canonicalize(path) {
+        Err(error)
+            if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+                || error.raw_os_error() == Some(libc::ELOOP) =>
+        {
+            Ok(None)
+        }
+        result => result.map(Some).at_path(Step::View, path),
+    }
+}

@@ -1,0 +1,97 @@
+//! Opening paths: those of the task's directory beneath it and without links, as a task could have planted them; those of
+//! the host as they are written.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::io::Errno;
+
+use super::report::{At, Failure};
+use crate::plan::steps::{Place, Step, TaskDir};
+
+/// The task's directory, verified.
+#[derive(Debug)]
+pub(super) struct TaskRoot {
+    directory: OwnedFd,
+    path: PathBuf,
+}
+
+impl TaskRoot {
+    /// Opens it in the present mount namespace: a descriptor from another one would lead into that one's mounts.
+    pub fn open(expected: &TaskDir, step: Step) -> Result<TaskRoot, Failure> {
+        let path = expected.path.clone();
+        let directory =
+            open_host(&path, OFlags::DIRECTORY | OFlags::NOFOLLOW).at_path(step, &path)?;
+        let found = fstat(&directory).at_path(step, &path)?;
+        if (found.st_dev, found.st_ino) != (expected.device, expected.inode) {
+            return Err(Failure::new(step, 0)
+                .on(path.display().to_string())
+                .note("another directory took its place after it was verified"));
+        }
+        Ok(TaskRoot { directory, path })
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    pub fn path(&self, below: impl AsRef<Path>) -> PathBuf {
+        self.path.join(below)
+    }
+
+    /// An O_PATH descriptor of what is at `path` beneath the directory. A symbolic link anywhere in it is ELOOP.
+    pub fn beneath(&self, path: impl AsRef<Path>, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let path = match path.as_ref() {
+            empty if empty.as_os_str().is_empty() => Path::new("."),
+            path => path,
+        };
+        open_without_links(&self.directory, path, flags, ResolveFlags::BENEATH)
+    }
+
+    /// An O_PATH descriptor of a place, with the rights of the calling process.
+    pub fn open_place(&self, place: &Place, flags: OFlags) -> Result<OwnedFd, Errno> {
+        match place {
+            Place::Task(path) => self.beneath(path, flags),
+            Place::Host(path) => open_host(path, flags),
+        }
+    }
+}
+
+/// A place as its author wrote it.
+pub(super) fn written(place: &Place) -> &Path {
+    match place {
+        Place::Task(path) | Place::Host(path) => path,
+    }
+}
+
+/// An O_PATH descriptor of a path of the host, following links.
+pub(super) fn open_host(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// An O_PATH descriptor of an absolute path of which no component is a link.
+pub(super) fn open_resolved(path: &Path) -> Result<OwnedFd, Errno> {
+    open_without_links(CWD, path, OFlags::empty(), ResolveFlags::empty())
+}
+
+pub(super) fn open_without_links(
+    directory: impl AsFd,
+    path: &Path,
+    flags: OFlags,
+    resolve: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
+    loop {
+        match openat2(
+            &directory,
+            path,
+            flags | OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW,
+            Mode::empty(),
+            resolve | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+        ) {
+            // The kernel could not rule out an escape because something was renamed meanwhile.
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! What helper and plugin say to each other, both ends: one message per packet over the control socket, and why a start
+//! failed as the sentence that `nomad alloc status` shows. It decides nothing.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::plan::steps::Step;
+
+/// First byte of a packet. `EXEC_FAILED` is sent by a clone that may not allocate: the errno follows, little-endian.
+const PARKED: u8 = b'P';
+const STARTED: u8 = b'S';
+const FAILED: u8 = b'F';
+pub(super) const EXEC_FAILED: u8 = b'E';
+const HELD: u8 = b'H';
+const GO: u8 = b'G';
+
+const PACKET_BYTES: usize = 8 * 1024;
+/// A subject or note is cut here, so that a failure always fits into a packet.
+const TEXT_BYTES: usize = 2048;
+/// Descriptors in one packet; the kernel takes 253.
+const DESCRIPTORS: usize = 250;
+
+/// From the helper to the plugin.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// Everything that charges nothing to the task is done: the helper waits for `release`.
+    Parked,
+    /// The command was executed. A pidfd of the main process comes with it.
+    Started,
+    /// The command was not executed, and nothing of the task is left.
+    Failed(Failure),
+}
+
+/// Why a start failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    pub step: Step,
+    /// 0 if the note says it all.
+    pub errno: i32,
+    /// The path, rule (`r:/srv/x`) or command at fault.
+    pub subject: Option<String>,
+    /// Cause or remedy.
+    pub note: Option<String>,
+}
+
+impl Failure {
+    pub fn new(step: Step, errno: i32) -> Failure {
+        Failure {
+            step,
+            errno,
+            subject: None,
+            note: None,
+        }
+    }
+
+    pub fn on(self, subject: impl Into<String>) -> Failure {
+        Failure {
+            subject: Some(cut(subject.into())),
+            ..self
+        }
+    }
+
+    pub fn note(self, note: impl Into<String>) -> Failure {
+        Failure {
+            note: Some(cut(note.into())),
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.step.subject())?;
+        match &self.subject {
+            Some(subject) if self.step == Step::Exec => write!(f, " {subject:?}")?,
+            Some(subject) => write!(f, " {subject}")?,
+            None => {}
+        }
+        match (self.errno, &self.note) {
+            (0, Some(note)) => write!(f, ": {note}"),
+            (0, None) => f.write_str(": failed"),
+            (errno, Some(note)) => write!(f, ": {} ({note})", description(errno)),
+            (errno, None) => write!(f, ": {}", description(errno)),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// The kernel's words for an errno, as the middle of a sentence.
+fn description(errno: i32) -> Cow<'static, str> {
+    let text = Errno::from_raw(errno).desc();
+    let mut characters = text.chars();
+    match (characters.next(), characters.next()) {
+        (Some(first), Some(second)) if second.is_lowercase() => {
+            Cow::Owned(first.to_lowercase().chain(text.chars().skip(1)).collect())
+        }
+        _ => Cow::Borrowed(text),
+    }
+}
+
+fn cut(mut text: String) -> String {
+    if text.len() > TEXT_BYTES {
+        let end = text.floor_char_boundary(TEXT_BYTES);
+        text.truncate(end);
+        text.push('…');
+    }
+    text
+}
+
+/// Names the step at which a call failed.
+pub(super) trait At<T> {
+    fn at(self, step: Step) -> Result<T, Failure>;
+    fn at_path(self, step: Step, path: impl AsRef<Path>) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
+    fn at(self, step: Step) -> Result<T, Failure> {
+        self.map_err(|error| failure(step, error.into()))
+    }
+
+    fn at_path(self, step: Step, path: impl AsRef<Path>) -> Result<T, Failure> {
+        self.map_err(|error| failure(step, error.into()).on(path.as_ref().display().to_string()))
+    }
+}
+
+fn failure(step: Step, error: io::Error) -> Failure {
+    match error.raw_os_error() {
+        Some(errno) => Failure::new(step, errno),
+        None => Failure::new(step, 0).note(error.to_string()),
+    }
+}
+
+/// Plugin: reads the helper's next message, and the descriptor that came with it. `None` is the end: the helper is gone.
+/// On a non-blocking socket `WouldBlock` passes through.
+pub fn receive(control: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd>)>> {
+    let Some(packet) = Packet::receive(control)? else {
+        return Ok(None);
+    };
+    let message = match packet.tag {
+        PARKED => Message::Parked,
+        STARTED => Message::Started,
+        FAILED => Message::Failed(packet.failure()?),
+        EXEC_FAILED => {
+            let errno = packet.body.try_into().map(i32::from_le_bytes);
+            let errno = errno.map_err(|_| unreadable())?;
+            return Ok(Some((
+                Message::Failed(Failure::new(Step::Spawn, errno)),
+                None,
+            )));
+        }
+        _ => return Err(unreadable()),
+    };
+    Ok(Some((message, packet.descriptors.into_iter().next())))
+}
+
+/// Plugin: lets the parked helper go on, now that it is inside the scope.
+pub fn release(control: impl AsFd) -> io::Result<()> {
+    send(control, GO, &[], &[])
+}
+
+/// Helper: everything is prepared.
+pub(super) fn parked(control: impl AsFd) -> io::Result<()> {
+    send(control, PARKED, &[], &[])
+}
+
+/// How the wait of a parked helper ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Parking {
+    Released,
+    Abandoned,
+}
+
+/// Helper: waits for the plugin's word, or for its end.
+pub(super) fn wait_for_release(control: impl AsFd) -> io::Result<Parking> {
+    match Packet::receive(control)? {
+        Some(packet) if packet.tag == GO => Ok(Parking::Released),
+        Some(_) => Err(unreadable()),
+        None => Ok(Parking::Abandoned),
+    }
+}
+
+/// Helper: the command runs.
+pub(super) fn started(control: impl AsFd, main: BorrowedFd<'_>) -> io::Result<()> {
+    send(control, STARTED, &[], &[main])
+}
+
+/// Helper or child: the command was not executed.
+pub(super) fn failed(to: impl AsFd, failure: &Failure) -> io::Result<()> {
+    let body = rmp_serde::to_vec_named(failure).map_err(io::Error::other)?;
+    send(to, FAILED, &body, &[])
+}
+
+/// Child: descriptors that the supervisor keeps open for as long as the task runs.
+pub(super) fn hold(channel: impl AsFd, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    descriptors
+        .chunks(DESCRIPTORS)
+        .try_for_each(|chunk| send(&channel, HELD, &[], chunk))
+}
+
+/// What the supervisor hears from the child.
+#[derive(Debug)]
+pub(super) enum News {
+    Hold(Vec<OwnedFd>),
+    Failed(Failure),
+    /// The channel is closed: by exec, or by death.
+    Closed,
+}
+
+/// Supervisor: the child's next message.
+pub(super) fn news(channel: impl AsFd) -> io::Result<News> {
+    match Packet::receive(channel)? {
+        None => Ok(News::Closed),
+        Some(packet) if packet.tag == HELD => Ok(News::Hold(packet.descriptors)),
+        Some(packet) if packet.tag == FAILED => packet.failure().map(News::Failed),
+        Some(_) => Err(unreadable()),
+    }
+}
+
+#[derive(Debug)]
+struct Packet {
+    tag: u8,
+    body: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Packet {
+    fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
+        let mut bytes = [0; PACKET_BYTES];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut slices = [IoSliceMut::new(&mut bytes)];
+            match recvmsg(&socket, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => break other?,
+            }
+        };
+        let descriptors = control
+            .drain()
+            .filter_map(|message| match message {
+                RecvAncillaryMessage::ScmRights(descriptors) => Some(descriptors),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        let Some((tag, body)) = bytes[..received.bytes].split_first() else {
+            return Ok(None);
+        };
+        Ok(Some(Packet {
+            tag: *tag,
+            body: body.to_vec(),
+            descriptors,
+        }))
+    }
+
+    fn failure(&self) -> io::Result<Failure> {
+        rmp_serde::from_slice(&self.body).map_err(|_| unreadable())
+    }
+}
+
+fn send(socket: impl AsFd, tag: u8, body: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    let tag = [tag];
+    let slices = [IoSlice::new(&tag), IoSlice::new(body)];
+    // The other side may be gone, and its end must not end this process.
+    sendmsg(socket, &slices, &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+fn unreadable() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "a message that is not of this protocol",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_failure_reads_as_a_sentence() {
+        let sentence = |failure: Failure| failure.to_string();
+        assert_eq!(
+            sentence(Failure::new(Step::Rules, libc::ENOENT).on("r:/srv/x")),
+            "unveil r:/srv/x: no such file or directory"
+        );
+        assert_eq!(
+            sentence(Failure::new(Step::Exec, libc::ENOENT).on("/x/y")),
+            "command \"/x/y\": no such file or directory"
+        );
+        assert_eq!(
+            sentence(
+                Failure::new(Step::Exec, 0)
+                    .on("foo")
+                    .note("not found in PATH \"/bin\"")
+            ),
+            "command \"foo\": not found in PATH \"/bin\""
+        );
+        assert_eq!(
+            sentence(
+                Failure::new(Step::View, libc::EIO)
+                    .on("/srv")
+                    .note("a disk?")
+            ),
+            "mount view /srv: I/O error (a disk?)"
+        );
+    }
+
+    #[test]
+    fn a_long_text_is_cut_at_a_character() {
+        let failure = Failure::new(Step::Exec, 0).on("ä".repeat(5000));
+        let subject = failure.subject.unwrap();
+        assert!(subject.len() <= TEXT_BYTES + '…'.len_utf8());
+        assert!(subject.ends_with("ä…"));
+    }
+}

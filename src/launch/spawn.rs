@@ -1,0 +1,106 @@
+//! The plugin's end of a start: clones the helper into its PID namespace and hands it its order. Blocking, a millisecond.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::sys::signal::{SigSet, SigmaskHow};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::report::{At, EXEC_FAILED, Failure};
+use super::{CONTROL, OUTPUT};
+use crate::plan::steps::{Order, Step};
+use crate::sys::{self, Program};
+
+/// First argument that makes the program the helper.
+pub const SUBCOMMAND: &str = "launch";
+const ARGV: [&CStr; 2] = [c"nomad-driver-exec2", c"launch"];
+
+/// A helper that prepares itself and then waits for `report::release`. If `control` is dropped before, it ends by itself and
+/// leaves nothing. It is this process' child: whoever holds it reaps it, by `pidfd`.
+#[derive(Debug)]
+pub struct Parked {
+    pub pidfd: OwnedFd,
+    /// Its pid in this process' PID namespace.
+    pub pid: i32,
+    /// For `report::receive`; non-blocking.
+    pub control: OwnedFd,
+}
+
+/// Starts the helper. `program` is an O_PATH descriptor of /proc/self/exe, so that a package upgrade cannot put another
+/// version in its place; `record` a file of `record::open()`; `output` the task's stdout and stderr for `Stdio::Given`.
+pub fn spawn(
+    program: BorrowedFd<'_>,
+    order: &Order,
+    record: &File,
+    output: Option<[OwnedFd; 2]>,
+) -> Result<Parked, Failure> {
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .at_path(Step::Spawn, "/dev/null")?;
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .at(Step::Spawn)?;
+    rustix::io::ioctl_fionbio(&ours, true).at(Step::Spawn)?;
+    let order = sealed(order)?;
+
+    let null = null.as_fd();
+    let mut descriptors = vec![
+        null,
+        null,
+        null,
+        theirs.as_fd(),
+        record.as_fd(),
+        order.as_fd(),
+    ];
+    if let Some(output) = &output {
+        debug_assert_eq!(descriptors.len(), OUTPUT[0] as usize);
+        descriptors.extend(output.iter().map(AsFd::as_fd));
+    }
+    let program = Program {
+        file: program,
+        argv: &ARGV,
+        descriptors: &descriptors,
+        failure_to: CONTROL,
+        failure_tag: EXEC_FAILED,
+    };
+    let (pid, pidfd) =
+        with_signals_blocked(|| sys::spawn_in_pid_namespace(&program).at(Step::Spawn))?;
+    Ok(Parked {
+        pidfd,
+        pid,
+        control: ours,
+    })
+}
+
+/// The order in memory that nobody can change any more.
+fn sealed(order: &Order) -> Result<OwnedFd, Failure> {
+    let bytes = rmp_serde::to_vec_named(order)
+        .map_err(|error| Failure::new(Step::Spawn, 0).note(error.to_string()))?;
+    let memory = rustix::fs::memfd_create(
+        "exec2-order",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )
+    .at(Step::Spawn)?;
+    let mut file = File::from(memory);
+    file.write_all(&bytes).at(Step::Spawn)?;
+    file.rewind().at(Step::Spawn)?;
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    rustix::fs::fcntl_add_seals(&file, seals).at(Step::Spawn)?;
+    Ok(file.into())
+}
+
+/// Between clone and exec the child has this process' signal handlers, and a handler may write into our pipes.
+fn with_signals_blocked<T>(spawn: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    let before = SigSet::all()
+        .thread_swap_mask(SigmaskHow::SIG_SETMASK)
+        .at(Step::Spawn)?;
+    let result = spawn();
+    before.thread_set_mask().at(Step::Spawn)?;
+    result
+}

@@ -1,0 +1,158 @@
+//! The task's standard descriptors: Nomad's log FIFOs, descriptors handed over by the plugin, or /dev/null.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Component, Path};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchown, fstat};
+use rustix::io::Errno;
+
+use super::OUTPUT;
+use super::place::{open_host, open_without_links};
+use super::report::{At, Failure};
+use crate::plan::steps::{Order, Stdio, Step};
+use crate::sys;
+
+/// How long Nomad's log collector may take to open its end.
+const READER_PATIENCE: Duration = Duration::from_secs(5);
+const READER_POLL: Duration = Duration::from_millis(5);
+
+/// Where one output of the task goes.
+#[derive(Debug)]
+pub(super) enum Output {
+    /// A pipe whose reader is there, owned by the task's user.
+    Fifo(OwnedFd),
+    Given(OwnedFd),
+    Null,
+}
+
+/// Descriptors 0, 1 and 2 of the task.
+#[derive(Debug)]
+pub(super) struct Standard {
+    pub input: OwnedFd,
+    pub outputs: [Output; 2],
+}
+
+/// Opens what lies on the host, before the view changes what paths mean.
+pub(super) fn open(order: &Order) -> Result<[Output; 2], Failure> {
+    match &order.stdio {
+        Stdio::Null => Ok([Output::Null, Output::Null]),
+        Stdio::Given => Ok([given(0)?, given(1)?]),
+        Stdio::Fifos { stdout, stderr } => Ok([fifo(stdout, order)?, fifo(stderr, order)?]),
+    }
+}
+
+/// Completes them inside the view: through a descriptor opened before, root could still chmod the host's /dev/null.
+pub(super) fn in_view(outputs: [Output; 2]) -> Result<Standard, Failure> {
+    let input = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .at_path(Step::View, "/dev/null")?;
+    Ok(Standard { input, outputs })
+}
+
+fn given(index: usize) -> Result<Output, Failure> {
+    sys::inherited(OUTPUT[index])
+        .map(Output::Given)
+        .at(Step::Open)
+}
+
+fn fifo(path: &Path, order: &Order) -> Result<Output, Failure> {
+    if path == Path::new("/dev/null") {
+        return Ok(Output::Null);
+    }
+    let fail = |note: &str| {
+        Failure::new(Step::Open, 0)
+            .on(path.display().to_string())
+            .note(note)
+    };
+    let found = open_log(path).map_err(|errno| {
+        let failure = Failure::new(Step::Open, errno.raw_os_error()).on(path.display().to_string());
+        match errno {
+            Errno::LOOP => failure.note("the log pipe or its directory is a symbolic link"),
+            _ => failure,
+        }
+    })?;
+    let status = fstat(&found).at_path(Step::Open, path)?;
+    if FileType::from_raw_mode(status.st_mode) != FileType::Fifo {
+        return Err(fail("it is not a FIFO"));
+    }
+    // A second name would let whoever holds it pass this pipe off as its own.
+    if status.st_nlink != 1 {
+        return Err(fail("the FIFO has more than one name"));
+    }
+    if status.st_uid != 0 && status.st_uid != order.uid {
+        return Err(fail(&format!(
+            "the FIFO belongs to uid {}, neither root nor the task's user",
+            status.st_uid
+        )));
+    }
+    let pipe = open_writer(&found, path)?;
+    // The task reopens its output as /dev/stdout, with its own rights.
+    fchown(
+        &pipe,
+        Some(Uid::from_raw(order.uid)),
+        Some(Gid::from_raw(order.gid)),
+    )
+    .at_path(Step::Open, path)?;
+    rustix::fs::fcntl_setfl(&pipe, OFlags::WRONLY).at_path(Step::Open, path)?;
+    Ok(Output::Fifo(pipe))
+}
+
+/// The path is `<alloc>/alloc/logs/<name>`, and tasks own `alloc`: from there on no link is followed.
+fn open_log(path: &Path) -> Result<OwnedFd, Errno> {
+    let trusted = path.ancestors().nth(2).filter(|_| {
+        path.components()
+            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
+    });
+    let (Some(trusted), true) = (trusted, path.is_absolute()) else {
+        return Err(Errno::INVAL);
+    };
+    let below = path.strip_prefix(trusted).map_err(|_| Errno::INVAL)?;
+    let directory = open_host(trusted, OFlags::DIRECTORY)?;
+    open_without_links(&directory, below, OFlags::empty(), ResolveFlags::BENEATH)
+}
+
+/// Opens the FIFO that was examined, whatever is at its path by now. A blocking open would wait for a reader for ever.
+fn open_writer(found: &OwnedFd, path: &Path) -> Result<OwnedFd, Failure> {
+    let itself = format!("/proc/self/fd/{}", found.as_raw_fd());
+    let deadline = Instant::now() + READER_PATIENCE;
+    loop {
+        match rustix::fs::open(
+            &itself,
+            OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+            Mode::empty(),
+        ) {
+            Err(Errno::NXIO) if Instant::now() < deadline => sleep(READER_POLL),
+            Err(Errno::NXIO) => {
+                let patience = READER_PATIENCE.as_secs();
+                return Err(Failure::new(Step::Open, 0)
+                    .on(path.display().to_string())
+                    .note(format!(
+                        "nobody opened the log pipe for reading within {patience} s (does Nomad's logmon run?)"
+                    )));
+            }
+            result => return result.at_path(Step::Open, path),
+        }
+    }
+}
+
+impl Standard {
+    /// Puts them in place, in the process that will be the task.
+    pub fn install(&self) -> Result<(), Failure> {
+        let output = |index: usize| match &self.outputs[index] {
+            Output::Fifo(pipe) | Output::Given(pipe) => pipe,
+            Output::Null => &self.input,
+        };
+        nix::unistd::dup2_stdin(&self.input).at(Step::Signals)?;
+        nix::unistd::dup2_stdout(output(0)).at(Step::Signals)?;
+        nix::unistd::dup2_stderr(output(1)).at(Step::Signals)
+    }
+
+    /// The log pipes, which the task may reopen.
+    pub fn fifos(&self) -> impl Iterator<Item = &OwnedFd> {
+        self.outputs.iter().filter_map(|output| match output {
+            Output::Fifo(pipe) => Some(pipe),
+            Output::Given(_) | Output::Null => None,
+        })
+    }
+}

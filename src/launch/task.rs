@@ -1,0 +1,79 @@
+//! The child's way from the fork to the command: one step after another, each irrevocable. It never returns in success.
+
+use std::convert::Infallible;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::OFlags;
+use rustix::process::{Resource, Rlimit, fchdir, setrlimit, setsid};
+
+use super::confine::Rules;
+use super::exec::Command;
+use super::place::{TaskRoot, written};
+use super::privileges;
+use super::report::{self, At, Failure};
+use super::stdio::Standard;
+use crate::plan::steps::{Order, Step};
+use crate::sys;
+
+/// What the helper prepared for the child before the fork.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    pub order: Order,
+    pub root: TaskRoot,
+    pub host_proc: OwnedFd,
+    pub stdio: Standard,
+    pub command: Command,
+}
+
+/// Becomes the task. `channel` leads to the supervisor and closes at exec.
+pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infallible, Failure> {
+    let Prepared {
+        order,
+        root,
+        host_proc,
+        stdio,
+        command,
+    } = prepared;
+    setsid().at(Step::Session)?;
+    stdio.install()?;
+    // Before the user changes: after that, /proc/self belongs to root until exec.
+    privileges::set_oom_score_adj(host_proc, order.oom_score_adj)
+        .at_path(Step::OomScore, order.oom_score_adj.to_string())?;
+    privileges::cut_bounding(order.bounding)?;
+    privileges::set_groups(order.gid)?;
+    privileges::set_user(order.uid)?;
+    privileges::leave_session_keyring()?;
+    privileges::keep_only(order.uid, order.bounding, order.ambient)?;
+    enter_work_dir(order, root)?;
+    let rules = Rules::open(order, root, stdio.fifos())?;
+    rules.hold(|descriptors| report::hold(channel, descriptors))?;
+    rules.restrict()?;
+    // Signals were reset when the helper began, where it cost the task nothing; no code since has changed them.
+    set_limits(order)?;
+    sys::close_on_exec_from(3).at(Step::Signals)?;
+    Err(command.execute())
+}
+
+fn enter_work_dir(order: &Order, root: &TaskRoot) -> Result<(), Failure> {
+    let path = written(&order.work_dir);
+    root.open_place(&order.work_dir, OFlags::DIRECTORY)
+        .and_then(fchdir)
+        .at_path(Step::WorkDir, path)
+}
+
+/// The limits that the plugin was started with, not those it gave itself; and no real-time priority, which would run past
+/// the scope's CPU limit.
+fn set_limits(order: &Order) -> Result<(), Failure> {
+    let limit = |value| (value != libc::RLIM_INFINITY).then_some(value);
+    let (current, maximum) = order.open_files;
+    let files = Rlimit {
+        current: limit(current),
+        maximum: limit(maximum),
+    };
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    setrlimit(Resource::Nofile, files).at_path(Step::Signals, "RLIMIT_NOFILE")?;
+    setrlimit(Resource::Rtprio, none).at_path(Step::Signals, "RLIMIT_RTPRIO")
+}

@@ -1,0 +1,325 @@
+//! From what a job asks for (MHz, cores, MiB) to what systemd and the kernel take.
+
+use std::collections::BTreeSet;
+
+use thiserror::Error;
+
+/// What the job's `resources` block says, as Nomad hands it on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resources {
+    pub cpu_mhz: u64,
+    pub memory_mib: u64,
+    pub memory_max_mib: MemoryMax,
+    /// CPUs of a task with `cores`, as a kernel list (`3,5-7`); empty without.
+    pub cpuset: String,
+}
+
+/// The job's `memory_max`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum MemoryMax {
+    /// 0 or absent: `memory` is the limit.
+    #[default]
+    Unset,
+    Mib(u64),
+    /// -1.
+    Unlimited,
+}
+
+/// The node's computing power, by which MHz become a share of its CPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compute {
+    pub total_mhz: u64,
+    pub cores: u64,
+}
+
+/// How finely systemd keeps a CPU quota.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuotaGrain {
+    /// systemd 257: hundredths of a percent survive a daemon-reload.
+    Fine,
+    /// Older: a reload reads the quota back from whole percents (and 0 % as no limit at all), so it is rounded up to one.
+    WholePercent,
+}
+
+/// A limit as a cgroup file has it: `Some(None)` is no limit, `None` is no such file.
+pub type InForce = Option<Option<u64>>;
+
+/// The limits of one scope.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// CPU time per second of wall clock.
+    pub cpu_quota_usec_per_sec: u64,
+    /// `None`: no limit.
+    pub memory_max_bytes: Option<u64>,
+    /// Kept for the task while others are reclaimed; 0 if it has a hard limit only.
+    pub memory_low_bytes: u64,
+    /// Processes and threads.
+    pub tasks_max: u64,
+    pub allowed_cpus: Option<BTreeSet<u16>>,
+}
+
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum LimitError {
+    #[error(
+        "cpu = {0}: the agent told no CPU topology to turn MHz into a share of; set client.cpu_total_compute in its configuration"
+    )]
+    NoCompute(u64),
+    #[error("cpu = 0: a task needs a share of the CPU; give at least 1 MHz")]
+    NoCpu,
+    #[error("memory = 0: a task needs memory; give at least 10 MiB")]
+    NoMemory,
+    #[error("cores: {0:?} is no list of CPUs")]
+    Cpuset(String),
+}
+
+/// Period of the quota, the kernel's and systemd's default.
+pub const QUOTA_PERIOD_USEC: u64 = 100_000;
+/// Generous: a bound on fork bombs, not on programs.
+const TASKS_MAX: u64 = 16_384;
+/// The kernel refuses a quota below 1 ms per period.
+const MIN_QUOTA_USEC_PER_SEC: u64 = 10_000;
+const USEC_PER_SEC: u64 = 1_000_000;
+const MIB: u64 = 1 << 20;
+
+impl Limits {
+    pub fn new(
+        resources: &Resources,
+        compute: Option<Compute>,
+        grain: QuotaGrain,
+    ) -> Result<Self, LimitError> {
+        if resources.memory_mib == 0 {
+            return Err(LimitError::NoMemory);
+        }
+        let reserved = resources.memory_mib.saturating_mul(MIB);
+        let (memory_low_bytes, memory_max_bytes) = match resources.memory_max_mib {
+            MemoryMax::Unset => (0, Some(reserved)),
+            MemoryMax::Mib(max) => (reserved, Some(max.saturating_mul(MIB))),
+            MemoryMax::Unlimited => (reserved, None),
+        };
+        Ok(Self {
+            cpu_quota_usec_per_sec: quota(resources.cpu_mhz, compute, grain)?,
+            memory_max_bytes,
+            memory_low_bytes,
+            tasks_max: TASKS_MAX,
+            allowed_cpus: cpus(&resources.cpuset)?,
+        })
+    }
+
+    /// Where what is in force (a file's number, no limit, or no such file) is not what was asked for, as sentences.
+    pub fn differences(
+        &self,
+        memory_max_bytes: InForce,
+        cpu_quota_usec_per_sec: InForce,
+    ) -> Vec<String> {
+        let asked = [
+            (
+                "memory.max",
+                "bytes",
+                self.memory_max_bytes,
+                memory_max_bytes,
+            ),
+            (
+                "cpu.max",
+                "µs per second",
+                Some(self.cpu_quota_usec_per_sec),
+                cpu_quota_usec_per_sec,
+            ),
+        ];
+        let different = asked
+            .into_iter()
+            .filter(|(_, _, asked, found)| match (asked, found) {
+                // The kernel keeps whole pages, and whole µs in a period.
+                (Some(asked), Some(Some(found))) => asked.abs_diff(*found) > asked / 100,
+                (None, Some(None)) => false,
+                _ => true,
+            });
+        let shown = |limit: Option<u64>, unit: &str| {
+            limit.map_or("no limit".into(), |limit| format!("{limit} {unit}"))
+        };
+        let sentence = |(file, unit, asked, found): (&str, &str, Option<u64>, InForce)| {
+            let found = found.map_or("not there (no controller)".into(), |found| {
+                shown(found, unit)
+            });
+            format!("{file} is {found}, the job asks for {}", shown(asked, unit))
+        };
+        different.map(sentence).collect()
+    }
+}
+
+fn quota(cpu_mhz: u64, compute: Option<Compute>, grain: QuotaGrain) -> Result<u64, LimitError> {
+    if cpu_mhz == 0 {
+        return Err(LimitError::NoCpu);
+    }
+    // Whole MHz per core, as exec2 divides: a job keeps the share it has there.
+    let per_core_mhz = compute
+        .and_then(|compute| compute.total_mhz.checked_div(compute.cores))
+        .unwrap_or(0);
+    if per_core_mhz == 0 {
+        return Err(LimitError::NoCompute(cpu_mhz));
+    }
+    let exact =
+        u64::try_from(u128::from(cpu_mhz) * u128::from(USEC_PER_SEC) / u128::from(per_core_mhz))
+            .unwrap_or(u64::MAX / 2);
+    let quota = match grain {
+        // systemd keeps the hundredth part of a percent, 100 µs per second.
+        QuotaGrain::Fine => exact,
+        QuotaGrain::WholePercent => exact
+            .div_ceil(USEC_PER_SEC / 100)
+            .saturating_mul(USEC_PER_SEC / 100),
+    };
+    Ok(quota.max(MIN_QUOTA_USEC_PER_SEC))
+}
+
+/// A kernel CPU list, `0-3,7`; `None` if empty.
+pub fn cpus(list: &str) -> Result<Option<BTreeSet<u16>>, LimitError> {
+    let wrong = || LimitError::Cpuset(list.chars().take(80).collect());
+    if list.trim().is_empty() {
+        return Ok(None);
+    }
+    let mut set = BTreeSet::new();
+    for part in list.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let parse = |text: &str| text.trim().parse::<u16>().ok().filter(|cpu| *cpu < 8192);
+        let (Some(first), Some(last)) = (parse(first), parse(last)) else {
+            return Err(wrong());
+        };
+        if first > last {
+            return Err(wrong());
+        }
+        set.extend(first..=last);
+    }
+    Ok(Some(set))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NODE: Option<Compute> = Some(Compute {
+        total_mhz: 8000,
+        cores: 4,
+    });
+
+    fn resources(cpu_mhz: u64, memory_max_mib: MemoryMax) -> Resources {
+        Resources {
+            cpu_mhz,
+            memory_mib: 64,
+            memory_max_mib,
+            cpuset: String::new(),
+        }
+    }
+
+    #[test]
+    fn mhz_are_a_share_of_one_core() {
+        let limits =
+            Limits::new(&resources(500, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        assert_eq!(limits.cpu_quota_usec_per_sec, 250_000);
+        let limits =
+            Limits::new(&resources(6000, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        assert_eq!(limits.cpu_quota_usec_per_sec, 3_000_000);
+    }
+
+    #[test]
+    fn an_old_systemd_gets_whole_percents_rounded_up() {
+        for (mhz, quota) in [
+            (1, 10_000),
+            (20, 10_000),
+            (21, 20_000),
+            (500, 250_000),
+            (501, 260_000),
+        ] {
+            let limits = Limits::new(
+                &resources(mhz, MemoryMax::Unset),
+                NODE,
+                QuotaGrain::WholePercent,
+            )
+            .unwrap();
+            assert_eq!(limits.cpu_quota_usec_per_sec, quota, "{mhz} MHz");
+        }
+    }
+
+    #[test]
+    fn memory_max_turns_memory_into_a_reservation() {
+        let of = |max| {
+            let limits = Limits::new(&resources(100, max), NODE, QuotaGrain::Fine).unwrap();
+            (limits.memory_low_bytes, limits.memory_max_bytes)
+        };
+        assert_eq!(of(MemoryMax::Unset), (0, Some(64 * MIB)));
+        assert_eq!(of(MemoryMax::Mib(128)), (64 * MIB, Some(128 * MIB)));
+        assert_eq!(of(MemoryMax::Unlimited), (64 * MIB, None));
+    }
+
+    #[test]
+    fn a_node_without_mhz_is_a_sentence_not_a_division_by_zero() {
+        for compute in [
+            None,
+            Some(Compute {
+                total_mhz: 0,
+                cores: 4,
+            }),
+            Some(Compute {
+                total_mhz: 100,
+                cores: 0,
+            }),
+        ] {
+            let error = Limits::new(&resources(100, MemoryMax::Unset), compute, QuotaGrain::Fine)
+                .unwrap_err();
+            assert_eq!(error, LimitError::NoCompute(100));
+        }
+    }
+
+    #[test]
+    fn huge_values_do_not_overflow() {
+        let resources = Resources {
+            cpu_mhz: u64::MAX,
+            memory_mib: u64::MAX,
+            memory_max_mib: MemoryMax::Mib(u64::MAX),
+            cpuset: String::new(),
+        };
+        for grain in [QuotaGrain::Fine, QuotaGrain::WholePercent] {
+            assert!(
+                Limits::new(&resources, NODE, grain)
+                    .unwrap()
+                    .cpu_quota_usec_per_sec
+                    > 0
+            );
+        }
+    }
+
+    #[test]
+    fn limits_that_are_not_in_force_are_told() {
+        let limits =
+            Limits::new(&resources(667, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        // 333,500 µs per second are 33,350 µs per period.
+        assert_eq!(
+            limits.differences(Some(Some(64 * MIB)), Some(Some(333_500))),
+            Vec::<String>::new()
+        );
+        assert_eq!(
+            limits.differences(Some(None), None),
+            [
+                "memory.max is no limit, the job asks for 67108864 bytes",
+                "cpu.max is not there (no controller), the job asks for 333500 µs per second"
+            ]
+        );
+        let unlimited = Limits::new(
+            &resources(667, MemoryMax::Unlimited),
+            NODE,
+            QuotaGrain::Fine,
+        )
+        .unwrap();
+        assert_eq!(
+            unlimited.differences(Some(None), Some(Some(333_500))),
+            Vec::<String>::new()
+        );
+    }
+
+    #[test]
+    fn cpu_lists_are_read_as_the_kernel_writes_them() {
+        assert_eq!(cpus("").unwrap(), None);
+        assert_eq!(cpus("3,5-7\n").unwrap(), Some(BTreeSet::from([3, 5, 6, 7])));
+        for wrong in ["x", "5-3", "1,,2", "99999", "-1"] {
+            assert!(cpus(wrong).is_err(), "{wrong}");
+        }
+    }
+}

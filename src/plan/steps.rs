@@ -1,0 +1,276 @@
+//! The part of a plan that the helper carries out: its `Order`, and the numbered steps of a start. Values only: what is
+//! written here has been decided, and nobody who reads it decides again.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The steps of a task's start, in the order in which they happen. Steps 1 to 3 are the plugin's; 4 to 9 are the
+/// helper's while it is still charged to the plugin; from 10 on it is inside the scope; from 12 on it is the task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Step {
+    Plan,
+    Spawn,
+    Scope,
+    Open,
+    Network,
+    Unshare,
+    Propagation,
+    View,
+    Release,
+    Cgroup,
+    Fork,
+    Session,
+    OomScore,
+    Bounding,
+    Groups,
+    User,
+    Keyring,
+    Ambient,
+    WorkDir,
+    Rules,
+    Restrict,
+    Signals,
+    Exec,
+}
+
+impl Step {
+    /// Every step with what it does, in order: the list that the README quotes.
+    pub const ALL: [(Step, &'static str); 23] = [
+        (
+            Step::Plan,
+            "decide everything that will happen, from the job, the plugin's configuration and facts of the host",
+        ),
+        (
+            Step::Spawn,
+            "spawn the helper into a PID namespace of its own, with an empty environment, parked",
+        ),
+        (
+            Step::Scope,
+            "start the scope over D-Bus around the helper, with all limits in the one call",
+        ),
+        (
+            Step::Open,
+            "open the task's directory, its log pipes and its network namespace by descriptor",
+        ),
+        (Step::Network, "join the allocation's network namespace"),
+        (Step::Unshare, "leave the host's mount and IPC namespaces"),
+        (
+            Step::Propagation,
+            "receive mounts from the host, send none to it",
+        ),
+        (
+            Step::View,
+            "build the mount view: everything read-only but what is unveiled for writing; own /proc, /tmp, /dev/shm; /run masked",
+        ),
+        (Step::Release, "wait until the scope is there"),
+        (
+            Step::Cgroup,
+            "show only the scope's own directory below /sys/fs/cgroup",
+        ),
+        (
+            Step::Fork,
+            "fork: the parent stays as the supervisor, the child becomes the task",
+        ),
+        (Step::Session, "start a session of its own"),
+        (
+            Step::OomScore,
+            "set oom_score_adj, which is never inherited from the agent",
+        ),
+        (Step::Bounding, "cut the capability bounding set"),
+        (Step::Groups, "drop supplementary groups and set the group"),
+        (Step::User, "set the user"),
+        (Step::Keyring, "join a fresh session keyring"),
+        (
+            Step::Ambient,
+            "raise the ambient capabilities that the operator allows",
+        ),
+        (Step::WorkDir, "enter the working directory"),
+        (
+            Step::Rules,
+            "open every unveiled path, as the task's user, in the final view",
+        ),
+        (
+            Step::Restrict,
+            "set no_new_privs and restrict itself with Landlock",
+        ),
+        (
+            Step::Signals,
+            "reset signal mask, dispositions and resource limits",
+        ),
+        (Step::Exec, "exec the command"),
+    ];
+
+    /// Its number in the list, counted from 1.
+    pub fn number(self) -> usize {
+        self as usize + 1
+    }
+
+    /// What the step acts on, for the start of an error sentence.
+    pub fn subject(self) -> &'static str {
+        match self {
+            Step::Plan => "plan",
+            Step::Spawn => "helper",
+            Step::Scope => "scope",
+            Step::Open => "task directory and logs",
+            Step::Network => "network namespace",
+            Step::Unshare => "namespaces",
+            Step::Propagation => "mount propagation",
+            Step::View => "mount view",
+            Step::Release => "release",
+            Step::Cgroup => "cgroup view",
+            Step::Fork => "fork",
+            Step::Session => "session",
+            Step::OomScore => "oom_score_adj",
+            Step::Bounding => "capability bounding set",
+            Step::Groups => "group",
+            Step::User => "user",
+            Step::Keyring => "session keyring",
+            Step::Ambient => "ambient capabilities",
+            Step::WorkDir => "working directory",
+            Step::Rules => "unveil",
+            Step::Restrict => "Landlock",
+            Step::Signals => "signals and limits",
+            Step::Exec => "command",
+        }
+    }
+}
+
+/// Everything the helper does, decided. Sent to it as MessagePack with named fields in a sealed memfd.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Order {
+    /// The command as the job wrote it: a path, or a name to be found in the PATH of `env`.
+    pub command: String,
+    /// Arguments after the command's own name.
+    pub args: Vec<String>,
+    /// The task's whole environment.
+    pub env: Vec<(String, String)>,
+    /// Working directory in the final view.
+    pub work_dir: Place,
+    pub uid: u32,
+    pub gid: u32,
+    /// -1000 to 1000; written always, so that the agent's own -1000 is never inherited.
+    pub oom_score_adj: i16,
+    /// Capability bounding set, as a mask of capability numbers.
+    pub bounding: u64,
+    /// Capabilities kept across exec for a user other than root, as a mask.
+    pub ambient: u64,
+    /// Network namespace file to join; `None` stays in the host's.
+    pub network_namespace: Option<PathBuf>,
+    pub stdio: Stdio,
+    pub task_dir: TaskDir,
+    pub view: View,
+    pub rules: Vec<Rule>,
+    /// Soft and hard RLIMIT_NOFILE that the plugin was started with, given back to the task.
+    pub open_files: (u64, u64),
+}
+
+/// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskDir {
+    pub path: PathBuf,
+    /// Device and inode seen when the directory was verified; another one means that it was swapped.
+    pub device: u64,
+    pub inode: u64,
+}
+
+/// Where the task's stdout and stderr go; stdin is always /dev/null.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stdio {
+    /// Nomad's log FIFOs, by absolute path.
+    Fifos { stdout: PathBuf, stderr: PathBuf },
+    /// Descriptors that were handed to the helper at its start.
+    Given,
+    /// Nowhere.
+    Null,
+}
+
+/// A path, and from where it is opened.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Place {
+    /// Relative to the task's directory: opened beneath it, following no symbolic link.
+    Task(PathBuf),
+    /// Absolute, on the host: links are followed, as the operator or the job author meant.
+    Host(PathBuf),
+}
+
+/// One unveiled path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rule {
+    pub place: Place,
+    pub access: Access,
+    pub source: Source,
+}
+
+/// Who asked for a rule. A default path that does not exist is skipped; any other is an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    Default,
+    Driver,
+    Plugin,
+    Task,
+}
+
+/// The rights of an unveil mode, any of `r w x c`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Access {
+    pub read: bool,
+    pub write: bool,
+    pub execute: bool,
+    pub create: bool,
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let letters = [
+            (self.read, 'r'),
+            (self.write, 'w'),
+            (self.execute, 'x'),
+            (self.create, 'c'),
+        ];
+        letters
+            .iter()
+            .filter(|(on, _)| *on)
+            .try_for_each(|(_, letter)| write!(f, "{letter}"))
+    }
+}
+
+/// What the task sees of the host's mounts (`design`: the whole tree read-only, with exceptions).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    pub tree: Tree,
+    /// Paths that stay writable, besides the task's directory and /dev: what is unveiled `w` or `c`.
+    pub writable: Vec<PathBuf>,
+    pub run: RunMask,
+    /// Paths that are brought back from under a mask (/run, /tmp, /dev/shm): what is unveiled there.
+    pub kept: Vec<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Tree {
+    ReadOnly,
+    /// `/` itself is unveiled for writing.
+    AsIs,
+}
+
+/// How much of /run is hidden.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RunMask {
+    /// What leads to managers of the host: /run/dbus, /run/user, and /run/systemd but resolve, journal and userdb.
+    Managers,
+    /// All of it but systemd's resolve and journal, and nscd: for uid 0.
+    All,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_of_steps_is_in_the_order_of_the_type() {
+        for (index, (step, _)) in Step::ALL.iter().enumerate() {
+            assert_eq!(step.number(), index + 1);
+        }
+    }
+}

@@ -1,0 +1,461 @@
+//! What a task may open: the `rwxc:/path` grammar, the default paths, and the list of rules of one task.
+//!
+//! Rules unite, as in the kernel: a path is open for whatever any rule on it or on a directory above it allows.
+
+use std::path::{Component, Path, PathBuf};
+
+use thiserror::Error;
+
+use super::steps::{Access, Place, Rule, RunMask, Source, Tree, View};
+
+/// Entries in one list, well below what the kernel takes and far above what a job needs.
+pub const MAX_ENTRIES: usize = 1_000;
+/// PATH_MAX of the kernel, with its NUL.
+const MAX_PATH_BYTES: usize = 4_095;
+
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum UnveilError {
+    #[error(
+        "{key}: path {entry:?} does not contain mode prefix; write it as \"r:{entry}\", with any of r, w, x, c before the colon"
+    )]
+    NoMode { key: &'static str, entry: String },
+    #[error(
+        "{key}: {entry:?} has an unknown letter {letter:?} in its mode; a mode is any of r, w, x, c"
+    )]
+    UnknownLetter {
+        key: &'static str,
+        entry: String,
+        letter: char,
+    },
+    #[error("{key}: {entry:?} has an empty mode; put any of r, w, x, c before the colon")]
+    EmptyMode { key: &'static str, entry: String },
+    #[error("{key}: {entry:?} {problem}")]
+    Path {
+        key: &'static str,
+        entry: String,
+        problem: &'static str,
+    },
+    #[error("{key} has {count} entries; at most {MAX_ENTRIES} are taken")]
+    TooMany { key: &'static str, count: usize },
+    #[error(
+        "task set unveil paths but driver config does not allow this; the operator sets unveil_by_task = true to allow it"
+    )]
+    NotByTask,
+}
+
+/// The operator's part of the decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gate<'a> {
+    pub paths: &'a [String],
+    pub defaults: Defaults,
+    pub by_task: ByTask,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Defaults {
+    Unveiled,
+    Veiled,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ByTask {
+    Allowed,
+    Refused,
+}
+
+/// The rules of one task, in the order operator, driver, task, defaults.
+pub fn rules(gate: Gate<'_>, by_task: &[String]) -> Result<Vec<Rule>, UnveilError> {
+    if !by_task.is_empty() && gate.by_task == ByTask::Refused {
+        return Err(UnveilError::NotByTask);
+    }
+    let mut rules = list("unveil_paths", gate.paths, Source::Plugin)?;
+    rules.extend(own().map(|(mode, place)| Rule {
+        place,
+        access: mode,
+        source: Source::Driver,
+    }));
+    rules.extend(list("unveil", by_task, Source::Task)?);
+    if gate.defaults == Defaults::Unveiled {
+        let defaults = DEFAULTS
+            .iter()
+            .flat_map(|(mode, paths)| paths.iter().map(move |path| (mode, path)));
+        rules.extend(defaults.map(|(mode, path)| Rule {
+            place: Place::Host(PathBuf::from(path)),
+            access: letters(mode),
+            source: Source::Default,
+        }));
+    }
+    Ok(rules)
+}
+
+/// Checks the operator's own entries before any task is there.
+pub fn check(unveil_paths: &[String]) -> Result<(), UnveilError> {
+    list("unveil_paths", unveil_paths, Source::Plugin).map(drop)
+}
+
+/// What every task needs to work at all, whatever the operator veils.
+fn own() -> impl Iterator<Item = (Access, Place)> {
+    let below = |dir: &str| Place::Task(PathBuf::from(dir));
+    let host = |path: &str| Place::Host(PathBuf::from(path));
+    [
+        (letters("rwxc"), below("local")),
+        (letters("rwxc"), below("alloc")),
+        (letters("rwxc"), below("secrets")),
+        (letters("rwxc"), below("tmp")),
+        (letters("rw"), host("/dev/null")),
+    ]
+    .into_iter()
+}
+
+/// The default paths: those of exec2, and the task's own /dev/shm. Only those that exist at launch count.
+pub const DEFAULTS: [(&str, &[&str]); 6] = [
+    (
+        "rx",
+        &[
+            "/bin",
+            "/usr/bin",
+            "/usr/local/bin",
+            "/lib",
+            "/lib64",
+            "/usr/lib",
+            "/usr/lib64",
+            "/usr/libexec",
+            "/usr/local/lib",
+            "/usr/local/lib64",
+        ],
+    ),
+    ("rw", &["/dev/full", "/dev/stdin", "/dev/stdout"]),
+    ("w", &["/dev/log"]),
+    ("rwxc", &["/dev/shm"]),
+    (
+        "r",
+        &[
+            "/dev/zero",
+            "/dev/fd",
+            "/dev/urandom",
+            "/proc/self/cmdline",
+            "/proc/sys/kernel/ngroups_max",
+            "/proc/sys/kernel/cap_last_cap",
+            "/proc/sys/vm/overcommit_memory",
+        ],
+    ),
+    (
+        "r",
+        &[
+            "/etc/ld.so.conf",
+            "/etc/ld.so.cache",
+            "/etc/ld.so.conf.d",
+            "/usr/share/locale",
+            "/usr/share/zoneinfo",
+            "/usr/share/common-licenses",
+            "/etc/hosts",
+            "/etc/hostname",
+            "/etc/services",
+            "/etc/protocols",
+            "/etc/resolv.conf",
+            "/etc/ssl/certs",
+            "/etc/pki/tls/certs",
+            "/sys/etc/security/cacerts",
+            "/etc/ssl/ca-bundle.pem",
+            "/etc/pki/tls/cacert.pem",
+            "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+            "/etc/ssl/cert.pem",
+        ],
+    ),
+];
+
+fn list(key: &'static str, entries: &[String], source: Source) -> Result<Vec<Rule>, UnveilError> {
+    if entries.len() > MAX_ENTRIES {
+        return Err(UnveilError::TooMany {
+            key,
+            count: entries.len(),
+        });
+    }
+    entries
+        .iter()
+        .map(|entry| {
+            parse(key, entry).map(|(access, place)| Rule {
+                place,
+                access,
+                source,
+            })
+        })
+        .collect()
+}
+
+/// One entry, `mode:path`. The mode ends at the first colon, so that a path may contain one.
+fn parse(key: &'static str, entry: &str) -> Result<(Access, Place), UnveilError> {
+    let shown = || entry.chars().take(120).collect::<String>();
+    let Some((mode, path)) = entry.split_once(':') else {
+        return Err(UnveilError::NoMode {
+            key,
+            entry: shown(),
+        });
+    };
+    if mode.is_empty() {
+        return Err(UnveilError::EmptyMode {
+            key,
+            entry: shown(),
+        });
+    }
+    if let Some(letter) = mode.chars().find(|letter| !"rwxc".contains(*letter)) {
+        return Err(UnveilError::UnknownLetter {
+            key,
+            entry: shown(),
+            letter,
+        });
+    }
+    let place = place(path).map_err(|problem| UnveilError::Path {
+        key,
+        entry: shown(),
+        problem,
+    })?;
+    Ok((letters(mode), place))
+}
+
+/// A relative path is one below the task's directory, where a task starts.
+fn place(path: &str) -> Result<Place, &'static str> {
+    if path.is_empty() {
+        return Err("has no path after its mode");
+    }
+    if path.contains('\0') {
+        return Err("contains a NUL byte");
+    }
+    if path.len() > MAX_PATH_BYTES {
+        return Err("has a path longer than 4095 bytes");
+    }
+    if path.starts_with('/') {
+        return Ok(Place::Host(PathBuf::from(path)));
+    }
+    if Path::new(path)
+        .components()
+        .any(|part| part == Component::ParentDir)
+    {
+        return Err("leaves the task's directory by \"..\"; write an absolute path");
+    }
+    Ok(Place::Task(PathBuf::from(path)))
+}
+
+fn letters(mode: &str) -> Access {
+    let has = |letter| mode.contains(letter);
+    Access {
+        read: has('r'),
+        write: has('w'),
+        execute: has('x'),
+        create: has('c'),
+    }
+}
+
+/// Paths by which a process reaches a manager of the host. They are shown only to who unveils them for writing.
+const MANAGERS: [&str; 3] = ["/run/dbus", "/run/systemd", "/run/user"];
+
+/// The mount view that goes with the rules.
+pub fn view(rules: &[Rule], uid: u32) -> View {
+    let asked: Vec<(&Path, Access)> = rules
+        .iter()
+        .filter(|rule| matches!(rule.source, Source::Plugin | Source::Task))
+        .filter_map(|rule| match &rule.place {
+            Place::Host(path) => Some((path.as_path(), rule.access)),
+            Place::Task(_) => None,
+        })
+        .collect();
+    let writable = |access: Access| access.write || access.create;
+    let hidden = |path: &Path| {
+        ["/run", "/var/run", "/tmp", "/dev/shm"]
+            .iter()
+            .any(|top| path.starts_with(top))
+    };
+    let manager = |path: &Path| {
+        let path = path
+            .strip_prefix("/var")
+            .ok()
+            .map_or_else(|| path.to_owned(), |rest| Path::new("/").join(rest));
+        path == Path::new("/run") || MANAGERS.iter().any(|top| path.starts_with(top))
+    };
+    let paths = |keep: &dyn Fn(&Path, Access) -> bool| {
+        let mut paths: Vec<PathBuf> = asked
+            .iter()
+            .filter(|(path, access)| keep(path, *access))
+            .map(|(path, _)| path.to_path_buf())
+            .collect();
+        paths.sort();
+        paths.dedup();
+        paths
+    };
+    let all = asked
+        .iter()
+        .any(|(path, access)| *path == Path::new("/") && writable(*access));
+    View {
+        tree: if all { Tree::AsIs } else { Tree::ReadOnly },
+        writable: paths(&|path, access| writable(access) && path != Path::new("/")),
+        run: if uid == 0 {
+            RunMask::All
+        } else {
+            RunMask::Managers
+        },
+        kept: paths(&|path, access| hidden(path) && (writable(access) || !manager(path))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPEN: Gate<'_> = Gate {
+        paths: &[],
+        defaults: Defaults::Veiled,
+        by_task: ByTask::Allowed,
+    };
+
+    fn of(entry: &str) -> Result<Rule, UnveilError> {
+        let rules = rules(OPEN, &[entry.to_owned()])?;
+        Ok(rules
+            .into_iter()
+            .find(|rule| rule.source == Source::Task)
+            .unwrap())
+    }
+
+    #[test]
+    fn a_mode_is_any_of_four_letters_in_any_order() {
+        let rule = of("xrr:/opt").unwrap();
+        assert_eq!(
+            rule.access,
+            Access {
+                read: true,
+                execute: true,
+                ..Access::default()
+            }
+        );
+        assert_eq!(rule.place, Place::Host("/opt".into()));
+        assert_eq!(of("cwxr:/opt").unwrap().access.to_string(), "rwxc");
+    }
+
+    #[test]
+    fn a_path_may_contain_a_colon_and_may_be_relative() {
+        assert_eq!(of("r:/a:b").unwrap().place, Place::Host("/a:b".into()));
+        assert_eq!(
+            of("r:local/x").unwrap().place,
+            Place::Task("local/x".into())
+        );
+    }
+
+    #[test]
+    fn a_bad_entry_is_a_sentence_with_key_value_and_remedy() {
+        let long = format!("r:/{}", "x".repeat(5000));
+        let cases = [
+            (
+                "/etc/passwd",
+                "unveil: path \"/etc/passwd\" does not contain mode prefix; write it as",
+            ),
+            (
+                "rz:/etc",
+                "unveil: \"rz:/etc\" has an unknown letter 'z' in its mode; a mode is any of r, w, x, c",
+            ),
+            (":/etc", "unveil: \":/etc\" has an empty mode"),
+            ("r:", "unveil: \"r:\" has no path after its mode"),
+            ("r:/a\0b", "contains a NUL byte"),
+            ("r:../etc", "leaves the task's directory"),
+            (&long, "longer than 4095 bytes"),
+        ];
+        for (entry, sentence) in cases {
+            let error = of(entry).unwrap_err().to_string();
+            assert!(error.contains(sentence), "{entry:.20}: {error}");
+            assert!(error.len() < 400 && !error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_task_unveils_only_where_the_operator_lets_it() {
+        let gate = Gate {
+            by_task: ByTask::Refused,
+            ..OPEN
+        };
+        assert_eq!(
+            rules(gate, &["r:/x".to_owned()]),
+            Err(UnveilError::NotByTask)
+        );
+        assert!(rules(gate, &[]).is_ok());
+    }
+
+    #[test]
+    fn ten_thousand_entries_are_refused() {
+        let many = vec!["r:/x".to_owned(); 10_000];
+        assert_eq!(
+            rules(OPEN, &many),
+            Err(UnveilError::TooMany {
+                key: "unveil",
+                count: 10_000
+            })
+        );
+    }
+
+    #[test]
+    fn the_tasks_own_directories_are_open_without_the_defaults() {
+        let rules = rules(OPEN, &[]).unwrap();
+        let places: Vec<_> = rules.iter().map(|rule| rule.place.clone()).collect();
+        for dir in ["local", "alloc", "secrets", "tmp"] {
+            assert!(places.contains(&Place::Task(dir.into())), "{dir}");
+        }
+        assert!(places.contains(&Place::Host("/dev/null".into())));
+        assert!(!places.contains(&Place::Host("/usr/bin".into())));
+    }
+
+    #[test]
+    fn secrets_of_the_host_are_in_no_default() {
+        let defaults: Vec<&str> = DEFAULTS
+            .iter()
+            .flat_map(|(_, paths)| paths.iter().copied())
+            .collect();
+        for path in [
+            "/etc",
+            "/etc/passwd",
+            "/etc/shadow",
+            "/tmp",
+            "/",
+            "/proc",
+            "/sys",
+            "/run",
+            "/root",
+            "/home",
+        ] {
+            assert!(!defaults.contains(&path), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_is_unveiled_for_writing_stays_writable_and_nothing_else() {
+        let entries = ["rwc:/srv/data", "rx:/opt", "w:/var/log/x.log"].map(str::to_owned);
+        let view = view(&rules(OPEN, &entries).unwrap(), 80_001);
+        assert_eq!(
+            view.writable,
+            [PathBuf::from("/srv/data"), PathBuf::from("/var/log/x.log")]
+        );
+        assert_eq!((view.tree, view.run), (Tree::ReadOnly, RunMask::Managers));
+    }
+
+    #[test]
+    fn a_socket_of_a_manager_comes_back_only_when_unveiled_for_writing() {
+        let kept = |entry: &str| view(&rules(OPEN, &[entry.to_owned()]).unwrap(), 0).kept;
+        assert_eq!(kept("r:/run/dbus"), Vec::<PathBuf>::new());
+        assert_eq!(kept("r:/run"), Vec::<PathBuf>::new());
+        assert_eq!(kept("r:/var/run/systemd/private"), Vec::<PathBuf>::new());
+        assert_eq!(kept("rw:/run/dbus"), [PathBuf::from("/run/dbus")]);
+        assert_eq!(
+            kept("r:/run/app/config"),
+            [PathBuf::from("/run/app/config")]
+        );
+        assert_eq!(kept("rwc:/tmp"), [PathBuf::from("/tmp")]);
+    }
+
+    #[test]
+    fn the_whole_tree_is_left_alone_only_for_a_task_that_may_write_all_of_it() {
+        assert_eq!(
+            view(&rules(OPEN, &["rw:/".to_owned()]).unwrap(), 0).tree,
+            Tree::AsIs
+        );
+        assert_eq!(
+            view(&rules(OPEN, &["rx:/".to_owned()]).unwrap(), 0).tree,
+            Tree::ReadOnly
+        );
+    }
+}

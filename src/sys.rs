@@ -1,0 +1,352 @@
+//! The system calls that nix and rustix lack, each behind a safe signature: the only unsafe code of the crate. No policy,
+//! and nothing of ours is known here.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_void};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use rustix::io::fcntl_dupfd_cloexec;
+
+/// Highest descriptor number that `spawn_in_pid_namespace` fills; duplicates made before the clone stay above it.
+const LOWEST_DUPLICATE: RawFd = 32;
+
+/// A program to be executed as PID 1 of a new PID namespace.
+#[derive(Debug)]
+pub struct Program<'a> {
+    /// An O_PATH descriptor of the executable.
+    pub file: BorrowedFd<'a>,
+    pub argv: &'a [&'a CStr],
+    /// What the program finds as descriptors 0, 1, 2 …; it gets no others.
+    pub descriptors: &'a [BorrowedFd<'a>],
+    /// Which of these is told when the exec fails: one message of `failure_tag` and the errno, little-endian.
+    pub failure_to: RawFd,
+    pub failure_tag: u8,
+}
+
+/// Clones this process into a new PID namespace and executes `program` there, with an empty environment. The caller has
+/// blocked all signals, so that none of its handlers runs in the clone. Returns the pid and a pidfd.
+pub fn spawn_in_pid_namespace(program: &Program<'_>) -> io::Result<(i32, OwnedFd)> {
+    let file = fcntl_dupfd_cloexec(program.file, LOWEST_DUPLICATE)?;
+    let descriptors = program
+        .descriptors
+        .iter()
+        .map(|descriptor| fcntl_dupfd_cloexec(descriptor, LOWEST_DUPLICATE))
+        .collect::<Result<Vec<_>, _>>()?;
+    let sources: Vec<RawFd> = descriptors.iter().map(OwnedFd::as_raw_fd).collect();
+    let mut argv: Vec<*const c_char> = program.argv.iter().map(|word| word.as_ptr()).collect();
+    argv.push(ptr::null());
+
+    let mut pidfd: c_int = -1;
+    let args = libc::clone_args {
+        flags: (libc::CLONE_NEWPID | libc::CLONE_PIDFD) as u64,
+        pidfd: &raw mut pidfd as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        // SAFETY: clone_args is plain integers; zero means "not used" for each of them.
+        ..unsafe { std::mem::zeroed() }
+    };
+    // SAFETY: without CLONE_VM this is a fork: the child has a copy of this stack and of everything it points to. It does
+    // system calls only, as other threads may have held any lock at the moment of the clone.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            &raw const args,
+            size_of::<libc::clone_args>(),
+        )
+    };
+    match pid {
+        0 => exec_in_clone(program, file.as_raw_fd(), &sources, &argv),
+        1.. => {
+            // SAFETY: CLONE_PIDFD stored a new descriptor that nothing else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok((pid as i32, pidfd))
+        }
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn exec_in_clone(
+    program: &Program<'_>,
+    file: RawFd,
+    sources: &[RawFd],
+    argv: &[*const c_char],
+) -> ! {
+    let environment: [*const c_char; 1] = [ptr::null()];
+    let count = sources.len() as c_uint;
+    // SAFETY: system calls on numbers and on NUL-terminated arrays that outlive them. Every source is above every target,
+    // so no dup3 overwrites a source that is still needed.
+    unsafe {
+        for (target, source) in sources.iter().enumerate() {
+            if libc::syscall(libc::SYS_dup3, *source, target as c_long, 0) < 0 {
+                fail_in_clone(program);
+            }
+        }
+        if libc::syscall(
+            libc::SYS_close_range,
+            count,
+            c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        ) < 0
+        {
+            fail_in_clone(program);
+        }
+        libc::syscall(
+            libc::SYS_execveat,
+            file,
+            c"".as_ptr(),
+            argv.as_ptr(),
+            environment.as_ptr(),
+            libc::AT_EMPTY_PATH,
+        );
+    }
+    fail_in_clone(program)
+}
+
+fn fail_in_clone(program: &Program<'_>) -> ! {
+    // SAFETY: errno is this thread's own; the message is a local array, alive during the call.
+    unsafe {
+        let mut message = [program.failure_tag; 5];
+        message[1..].copy_from_slice(&(*libc::__errno_location()).to_le_bytes());
+        libc::syscall(
+            libc::SYS_sendto,
+            program.failure_to,
+            message.as_ptr(),
+            message.len(),
+            libc::MSG_NOSIGNAL,
+            ptr::null::<c_void>(),
+            0,
+        );
+    }
+    exit_now(127)
+}
+
+/// Takes ownership of a descriptor that this process was started with, and makes it close-on-exec. For the very first lines
+/// of a program, once for each number.
+pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_SETFD on any number is harmless; it fails with EBADF where there is no descriptor.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the number is open, and by the contract above nothing of this process has claimed it yet.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Which side of a fork this is.
+#[derive(Debug)]
+pub enum Fork {
+    Parent { child: i32 },
+    Child,
+}
+
+/// Forks. This process must have a single thread: the child goes on with ordinary code.
+pub fn fork() -> io::Result<Fork> {
+    // SAFETY: single-threaded by contract, so no lock is held by a thread that the child lacks.
+    match unsafe { libc::fork() } {
+        0 => Ok(Fork::Child),
+        child @ 1.. => Ok(Fork::Parent { child }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Ends the process without running exit handlers, which belong to the image it was forked from.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit has no preconditions.
+    unsafe { libc::_exit(code) }
+}
+
+/// Changes the attributes (`libc::MOUNT_ATTR_*`) of a mount, and with `libc::AT_RECURSIVE` of all below it. With
+/// `libc::AT_EMPTY_PATH` and an empty path, of the mount that `dir` is the root of.
+pub fn mount_setattr(
+    dir: impl AsFd,
+    path: &CStr,
+    flags: c_int,
+    set: u64,
+    clear: u64,
+) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: clear,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is NUL-terminated and the structure has the size that is passed with it.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            dir.as_fd().as_raw_fd(),
+            path.as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    zero(result)
+}
+
+/// Makes every descriptor from `first` on close-on-exec.
+pub fn close_on_exec_from(first: RawFd) -> io::Result<()> {
+    // SAFETY: integers only; no descriptor is closed before an exec that ends all their owners.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first as c_uint,
+            c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    zero(result)
+}
+
+/// Replaces the session keyring by a new, anonymous one.
+pub fn join_new_session_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: c_long = 1;
+    // SAFETY: a null name asks for an anonymous keyring; nothing is read or written.
+    let serial = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            ptr::null::<c_char>(),
+        )
+    };
+    if serial < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Gives every signal its default action, and blocks none. Dispositions that ignore a signal, and the mask, survive an exec.
+pub fn reset_signals() {
+    // The kernel's sigset: one bit for each of 64 signals.
+    const SIGSET_BYTES: usize = 8;
+    // The kernel's struct sigaction begins with the handler, SIG_DFL is zero, and 64 bytes hold it on every architecture.
+    let default = [0u64; 8];
+    let none = 0u64;
+    // SAFETY: raw calls on zeroed memory that is large enough; libc's wrappers would refuse the signals it keeps for itself,
+    // which a parent may have left ignored. SIGKILL and SIGSTOP fail with EINVAL.
+    unsafe {
+        for signal in 1..=64 {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                ptr::null_mut::<c_void>(),
+                SIGSET_BYTES,
+            );
+        }
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none,
+            ptr::null_mut::<c_void>(),
+            SIGSET_BYTES,
+        );
+    }
+}
+
+/// Gives memory that the allocator holds but does not use back to the kernel.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim has no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+/// A file's first bytes as shared memory: stores reach the file, whatever becomes of the descriptor, the limits or the disk.
+#[derive(Debug)]
+pub struct SharedPage {
+    address: *mut u8,
+    length: usize,
+}
+
+impl SharedPage {
+    /// Maps `length` bytes, which must be allocated in the file already.
+    pub fn map(file: &File, length: usize) -> io::Result<SharedPage> {
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours. MAP_POPULATE takes the page
+        // fault now: later there may be no memory left to serve it.
+        let address = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(SharedPage {
+            address: address.cast(),
+            length,
+        })
+    }
+
+    pub fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the mapping lives as long as self, is `length` long, and this process has no other reference into it.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.length) }
+    }
+}
+
+impl Drop for SharedPage {
+    fn drop(&mut self) {
+        // SAFETY: address and length are those of the mapping that `map` made.
+        unsafe {
+            libc::munmap(self.address.cast(), self.length);
+        }
+    }
+}
+
+fn zero(result: c_long) -> io::Result<()> {
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Watches a descriptor on tokio's reactor until it is readable: a pidfd is when its process has ended.
+pub fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the AsyncFd owns the descriptor, so that it stays open and the same for as long as it is registered.
+    let watched = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) };
+    watched.map_err(io::Error::from)
+}
+
+/// pidfd_send_signal(2). Takes any number, since the enums of libraries know no real-time signals.
+pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    // SAFETY: the descriptor is open for the whole call, and a null siginfo is what the man page allows.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if sent == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The ABI of this kernel's Landlock (landlock_create_ruleset(2)); `None` if it has none, or was booted without.
+pub fn landlock_abi() -> Option<u32> {
+    const VERSION: u32 = 1;
+    // SAFETY: with a null attribute of size 0 the call reads nothing and makes nothing.
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            ptr::null::<c_void>(),
+            0_usize,
+            VERSION,
+        )
+    };
+    u32::try_from(abi).ok().filter(|abi| *abi > 0)
+}

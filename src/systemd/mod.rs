@@ -1,0 +1,375 @@
+//! PID 1's side of a task: starts and stops its scope over D-Bus. One connection, made anew when it is lost; nothing here
+//! knows of tasks, Nomad or the helper.
+
+mod proxy;
+mod scope;
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::{Notify, Semaphore, broadcast};
+use tokio::time::timeout;
+use tokio_stream::StreamExt;
+use zbus::{DBusError as _, OwnedObjectPath};
+
+use crate::plan::unit::UnitName;
+use proxy::ManagerProxy;
+pub use scope::Scope;
+
+/// How long one call, or one job, may take. PID 1 stalls for seconds in a daemon-reload with thousands of units.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Calls under way at once: dbus-daemon gives a connection about 128 pending replies, and PID 1 works one by one anyway.
+const CALLS_AT_ONCE: usize = 16;
+
+#[derive(Debug, Error)]
+pub enum SystemdError {
+    #[error(
+        "systemd cannot be reached on the system bus: {0}; is dbus running (systemctl status dbus)?"
+    )]
+    NoBus(#[source] zbus::Error),
+    #[error("systemd did not answer {call} for {unit} within {} s", PATIENCE.as_secs())]
+    TimedOut { call: &'static str, unit: String },
+    #[error("unit {0} already exists")]
+    Exists(UnitName),
+    #[error("systemd refused {call} for {unit}: {reason}")]
+    Refused {
+        call: &'static str,
+        unit: String,
+        reason: String,
+    },
+    #[error(
+        "systemd could not start {unit}: its job ended as {result:?} (see journalctl -u {unit})"
+    )]
+    JobFailed { unit: UnitName, result: String },
+}
+
+impl SystemdError {
+    /// Whether the same call may go through a little later.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::NoBus(_) | Self::TimedOut { .. } | Self::JobFailed { .. } | Self::Exists(_) => {
+                true
+            }
+            Self::Refused { .. } => false,
+        }
+    }
+}
+
+/// Outcome of a job of systemd's.
+#[derive(Debug, Clone)]
+struct JobRemoved {
+    job: OwnedObjectPath,
+    result: String,
+}
+
+/// The connection to systemd.
+#[derive(Debug)]
+pub struct Systemd {
+    bus: tokio::sync::Mutex<Option<Arc<Bus>>>,
+    calls: Semaphore,
+    /// Properties that this systemd does not know.
+    unknown: Mutex<BTreeSet<&'static str>>,
+    lost: Arc<Notify>,
+}
+
+#[derive(Debug)]
+struct Bus {
+    manager: ManagerProxy<'static>,
+    /// Every job that ends. Subscribed to before a call, so that no job can end unseen.
+    jobs: broadcast::Sender<JobRemoved>,
+    reader: tokio::task::AbortHandle,
+}
+
+impl Drop for Bus {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+impl Default for Systemd {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Systemd {
+    /// Connects at the first call.
+    pub fn new() -> Self {
+        Self {
+            bus: tokio::sync::Mutex::new(None),
+            calls: Semaphore::new(CALLS_AT_ONCE),
+            unknown: Mutex::default(),
+            lost: Arc::default(),
+        }
+    }
+
+    /// systemd's version, `257.13-1~deb13u1`. Asks each time: it is also how a lost bus is noticed.
+    pub async fn version(&self) -> Result<String, SystemdError> {
+        let bus = self.bus().await?;
+        let manager = bus.manager.inner();
+        // Not the cached property: a cache answers without asking.
+        let property = (manager.interface(), "Version");
+        let asked = manager.connection().call_method(
+            Some(manager.destination()),
+            manager.path(),
+            Some("org.freedesktop.DBus.Properties"),
+            "Get",
+            &property,
+        );
+        let reply = self.call(&bus, "Get(Version)", "systemd", asked).await?;
+        let version: Result<zbus::OwnedVariant, _> = reply.body().deserialize();
+        version
+            .ok()
+            .and_then(|version| String::try_from(version).ok())
+            .ok_or_else(|| SystemdError::NoBus(zbus::Error::InvalidReply))
+    }
+
+    /// Starts a scope around a process; on return the process is inside, with every limit in force.
+    pub async fn start(&self, scope: &Scope<'_>) -> Result<(), SystemdError> {
+        let _turn = self.calls.acquire().await;
+        let bus = self.bus().await?;
+        let unit = scope.name;
+        let mut jobs = bus.jobs.subscribe();
+        let job = loop {
+            let unknown = self.unknown().clone();
+            let properties = scope.properties(&unknown);
+            let started = bus
+                .manager
+                .start_transient_unit(unit.as_str(), "fail", &properties, &[]);
+            match self
+                .call(&bus, "StartTransientUnit", unit.as_str(), started)
+                .await
+            {
+                Ok(job) => break job,
+                Err(SystemdError::Refused { reason, .. })
+                    if reason.contains("already exists") || reason.contains("already loaded") =>
+                {
+                    return Err(SystemdError::Exists(unit.clone()));
+                }
+                Err(SystemdError::Refused { call, unit, reason }) => {
+                    match scope::optional_in(&reason, &unknown) {
+                        Some(property) => {
+                            self.unknown().insert(property);
+                        }
+                        None => return Err(SystemdError::Refused { call, unit, reason }),
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        match ended(&mut jobs, &job).await {
+            Some(result) if result == "done" => Ok(()),
+            Some(result) => Err(SystemdError::JobFailed {
+                unit: unit.clone(),
+                result,
+            }),
+            None => Err(SystemdError::TimedOut {
+                call: "StartTransientUnit",
+                unit: unit.to_string(),
+            }),
+        }
+    }
+
+    /// Stops a scope and waits until systemd is done with it; one that is not there is stopped.
+    pub async fn stop(&self, unit: &UnitName) -> Result<(), SystemdError> {
+        let _turn = self.calls.acquire().await;
+        let bus = self.bus().await?;
+        let mut jobs = bus.jobs.subscribe();
+        let stopped = bus.manager.stop_unit(unit.as_str(), "replace");
+        match self.call(&bus, "StopUnit", unit.as_str(), stopped).await {
+            Ok(job) => {
+                ended(&mut jobs, &job)
+                    .await
+                    .ok_or_else(|| SystemdError::TimedOut {
+                        call: "StopUnit",
+                        unit: unit.to_string(),
+                    })?;
+                Ok(())
+            }
+            Err(SystemdError::Refused { reason, .. }) if reason.contains("not loaded") => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether systemd knows the unit.
+    pub async fn knows(&self, unit: &UnitName) -> Result<bool, SystemdError> {
+        let _turn = self.calls.acquire().await;
+        let bus = self.bus().await?;
+        match self
+            .call(
+                &bus,
+                "GetUnit",
+                unit.as_str(),
+                bus.manager.get_unit(unit.as_str()),
+            )
+            .await
+        {
+            Ok(_) => Ok(true),
+            Err(SystemdError::Refused { reason, .. }) if reason.contains("not loaded") => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Until the connection is lost, if there is one.
+    pub async fn lost(&self) {
+        self.lost.notified().await;
+    }
+
+    async fn bus(&self) -> Result<Arc<Bus>, SystemdError> {
+        let mut slot = self.bus.lock().await;
+        if let Some(bus) = slot.as_ref().filter(|bus| !bus.reader.is_finished()) {
+            return Ok(bus.clone());
+        }
+        let connected = timeout(PATIENCE, Bus::connect(self.lost.clone())).await;
+        let bus = connected
+            .unwrap_or(Err(zbus::Error::InvalidReply))
+            .map_err(SystemdError::NoBus)?;
+        Ok(slot.insert(Arc::new(bus)).clone())
+    }
+
+    /// Makes a call with a time limit. A connection that failed under it is not used again.
+    async fn call<T>(
+        &self,
+        bus: &Arc<Bus>,
+        call: &'static str,
+        unit: &str,
+        asked: impl Future<Output = zbus::Result<T>>,
+    ) -> Result<T, SystemdError> {
+        let error = match timeout(PATIENCE, asked).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => Some(error),
+            Err(_) => None,
+        };
+        if let Some(reason) = error.as_ref().and_then(answered) {
+            return Err(SystemdError::Refused {
+                call,
+                unit: unit.to_owned(),
+                reason,
+            });
+        }
+        self.forget(bus).await;
+        Err(match error {
+            Some(error) => SystemdError::NoBus(error),
+            None => SystemdError::TimedOut {
+                call,
+                unit: unit.to_owned(),
+            },
+        })
+    }
+
+    async fn forget(&self, bus: &Arc<Bus>) {
+        let mut slot = self.bus.lock().await;
+        if slot
+            .as_ref()
+            .is_some_and(|current| Arc::ptr_eq(current, bus))
+        {
+            *slot = None;
+        }
+    }
+
+    fn unknown(&self) -> std::sync::MutexGuard<'_, BTreeSet<&'static str>> {
+        self.unknown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// systemd's words, if the error is an answer of its own. zbus has a variant of its own for the names that D-Bus defines,
+/// and systemd uses those too: PropertyReadOnly is its word for a property that it does not know.
+fn answered(error: &zbus::Error) -> Option<String> {
+    let (name, reason) = match error {
+        zbus::Error::MethodError(name, reason, _) => (name.to_string(), reason.clone()),
+        zbus::Error::FDO(error) => match error.as_ref() {
+            zbus::fdo::Error::ZBus(_) => return None,
+            error => (
+                error.name().to_string(),
+                error.description().map(str::to_owned),
+            ),
+        },
+        _ => return None,
+    };
+    (!is_of_the_bus(&name)).then(|| reason.unwrap_or(name))
+}
+
+/// Errors of the bus itself, not of systemd: whether the call was carried out is not known.
+fn is_of_the_bus(name: &str) -> bool {
+    [
+        "NoReply",
+        "ServiceUnknown",
+        "NameHasNoOwner",
+        "Disconnected",
+        "TimedOut",
+        "Timeout",
+    ]
+    .iter()
+    .any(|end| name.strip_prefix("org.freedesktop.DBus.Error.") == Some(end))
+}
+
+impl Bus {
+    async fn connect(lost: Arc<Notify>) -> zbus::Result<Self> {
+        let connection = zbus::connection::Builder::system()
+            .method_timeout(PATIENCE)
+            .build()
+            .await?;
+        let manager = ManagerProxy::builder(&connection)
+            .cache_properties(zbus::proxy::CacheProperties::No)
+            .build()
+            .await?;
+        let mut removed = manager.receive_job_removed().await?;
+        let (jobs, _) = broadcast::channel(1024);
+        let sender = jobs.clone();
+        let reader = tokio::spawn(async move {
+            while let Some(signal) = removed.next().await {
+                if let Ok(args) = signal.args() {
+                    let _ = sender.send(JobRemoved {
+                        job: args.job,
+                        result: args.result,
+                    });
+                }
+            }
+            lost.notify_one();
+        });
+        Ok(Self {
+            manager,
+            jobs,
+            reader: reader.abort_handle(),
+        })
+    }
+}
+
+/// The result of a job, or `None` if it does not end in time or the bus is lost.
+async fn ended(
+    jobs: &mut broadcast::Receiver<JobRemoved>,
+    job: &OwnedObjectPath,
+) -> Option<String> {
+    let wait = async {
+        loop {
+            match jobs.recv().await {
+                Ok(removed) if removed.job == *job => return Some(removed.result),
+                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    };
+    timeout(PATIENCE, wait).await.ok().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zbus::fdo;
+
+    #[test]
+    fn an_answer_of_systemds_is_told_from_an_error_of_the_bus() {
+        let of = |error: fdo::Error| answered(&zbus::Error::FDO(Box::new(error)));
+        let unknown = "Cannot set property PIDFDs, or unknown property.";
+        assert_eq!(
+            of(fdo::Error::PropertyReadOnly(unknown.into())).as_deref(),
+            Some(unknown)
+        );
+        assert_eq!(of(fdo::Error::NoReply("late".into())), None);
+        assert_eq!(of(fdo::Error::ServiceUnknown("none".into())), None);
+        assert_eq!(of(fdo::Error::ZBus(zbus::Error::InvalidReply)), None);
+        assert_eq!(answered(&zbus::Error::InvalidReply), None);
+    }
+}

@@ -1,0 +1,85 @@
+//! From a handle that Nomad kept back to a live task, or to one that has ended meanwhile. Only what is proven to be the
+//! same process of the same boot is touched.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, UNIX_EPOCH};
+
+use tokio::sync::watch;
+use tracing::info;
+
+use super::state::{DriverState, Process, boot_id};
+use super::table::{Task, TaskTable, record_path};
+use super::types::{DriverError, Saved, TaskRequest};
+use super::wait;
+use crate::cgroup::Cgroup;
+use crate::plan::unit::UnitName;
+use crate::record::{self, Record};
+use crate::text::UnitText;
+
+impl TaskTable {
+    /// Takes over a task of an earlier plugin process; one that we have already is fine as it is.
+    pub(super) fn take_over(&self, request: TaskRequest, saved: Saved) -> Result<(), DriverError> {
+        if self.find(&request.id).is_some() {
+            return Ok(());
+        }
+        let state = DriverState::decode(saved.version, &saved.driver_state)
+            .map_err(|error| DriverError::Permanent(error.to_string()))?;
+        self.reserve(&request.id)?;
+        match revive(&request, &state) {
+            Ok(task) => {
+                let task = self.insert(task);
+                info!(task_id = %UnitText::new(task.id.as_str()), unit = %task.unit, "task recovered");
+                if task.ended().is_none() {
+                    self.watch(task);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.remove(&request.id);
+                Err(error)
+            }
+        }
+    }
+}
+
+fn revive(request: &TaskRequest, state: &DriverState) -> Result<Task, DriverError> {
+    let gone = |why: &str| {
+        DriverError::Permanent(format!(
+            "{} cannot be recovered: {why}",
+            UnitText::new(&state.unit)
+        ))
+    };
+    let unit = UnitName::existing(&state.unit)
+        .ok_or_else(|| gone("its handle names no unit of this driver"))?;
+    if state.boot_id != boot_id() {
+        return Err(gone("the host was rebooted, and the task ended with it"));
+    }
+    let supervisor_pidfd = open(state.supervisor);
+    let task = Task {
+        id: request.id.clone(),
+        names: request.names.clone(),
+        cgroup: Cgroup::at(&state.cgroup),
+        started_at: UNIX_EPOCH + Duration::from_nanos(state.started_unix_nanos),
+        main: state.main,
+        main_pidfd: open(state.main),
+        supervisor_pidfd,
+        exit: watch::Sender::new(None),
+        unit,
+    };
+    if task.supervisor_pidfd.is_none() {
+        let page = std::fs::read(record_path(&task.unit)).unwrap_or_default();
+        if !matches!(record::read(&page), Record::Exited(_)) {
+            return Err(gone("its supervisor is gone and left no exit record"));
+        }
+        task.exit.send_replace(Some(wait::outcome(&task, None)));
+    }
+    Ok(task)
+}
+
+/// A pidfd of this very process. The start time is compared after the open: a pid cannot change its process under an
+/// open pidfd, but it can before.
+fn open(process: Process) -> Option<OwnedFd> {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(process.pid).ok()?)?;
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()?;
+    process.is_alive().then_some(pidfd)
+}

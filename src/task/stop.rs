@@ -1,0 +1,140 @@
+//! Ends tasks: StopTask, SignalTask, DestroyTask. A kill hits the main process first, so that the supervisor can still
+//! write the record, and then the whole scope.
+
+use std::time::Duration;
+
+use tracing::warn;
+
+use super::start::refused;
+use super::table::{Task, TaskTable, record_path, remove_record, send};
+use super::types::{Destroy, DriverError, TaskId};
+use crate::cgroup::Cgroup;
+use crate::plan::signal;
+use crate::plan::unit::{RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
+use crate::text::UnitText;
+
+/// How long a killed process may take to end before the rest of its scope is killed. Only one in uninterruptible sleep
+/// takes longer than a moment.
+const AFTER_KILL: Duration = Duration::from_secs(2);
+/// How long the scope may take to empty after that; then the call fails and Nomad tries again.
+const AFTER_KILL_ALL: Duration = Duration::from_secs(10);
+
+impl TaskTable {
+    /// Sends `signal` to the main process, and kills the task if it has not ended after `timeout`. Returns when its scope
+    /// is empty.
+    pub(super) async fn stop_task(
+        &self,
+        id: &TaskId,
+        timeout: Duration,
+        signal: &str,
+    ) -> Result<(), DriverError> {
+        let task = self.find(id).ok_or(DriverError::UnknownTask)?;
+        if task.ended().is_some() {
+            return Ok(());
+        }
+        let number = match signal {
+            "" => signal::DEFAULT_KILL,
+            // A misspelt kill_signal must not make a task unstoppable.
+            name => signal::parse(name).unwrap_or_else(|error| {
+                warn!(task_id = %UnitText::new(id.as_str()), "kill_signal: {error}; SIGINT is sent");
+                signal::DEFAULT_KILL
+            }),
+        };
+        send(task.main_pidfd.as_ref(), number).map_err(|error| {
+            DriverError::Permanent(format!("failed to signal {}: {error}", task.unit))
+        })?;
+        if !task.ends_within(timeout).await {
+            task.kill().await?;
+        }
+        task.empty().await
+    }
+
+    /// Sends a signal to the main process.
+    pub(super) fn signal_task(&self, id: &TaskId, signal: &str) -> Result<(), DriverError> {
+        let number =
+            signal::parse(signal).map_err(|error| DriverError::Permanent(error.to_string()))?;
+        let task = self.find(id).ok_or(DriverError::UnknownTask)?;
+        send(task.main_pidfd.as_ref(), number).map_err(|error| {
+            DriverError::Permanent(format!("failed to signal {}: {error}", task.unit))
+        })
+    }
+
+    /// Forgets a task and removes all that is left of it. An id that we do not know is cleaned up by its name alone: after
+    /// a failed recovery Nomad has nothing else.
+    pub(super) async fn destroy_task(&self, id: &TaskId, how: Destroy) -> Result<(), DriverError> {
+        let unit = match self.find(id) {
+            Some(task) => {
+                if task.ended().is_none() {
+                    if how == Destroy::OnlyIfEnded {
+                        return Err(DriverError::Permanent("cannot destroy running task".into()));
+                    }
+                    task.kill().await?;
+                }
+                task.empty().await?;
+                task.unit.clone()
+            }
+            None => UnitName::of_task(id.as_str()),
+        };
+        self.clear(&unit).await?;
+        self.remove(id);
+        Ok(())
+    }
+
+    /// Removes a scope with all that runs in it, and its record.
+    pub(super) async fn clear(&self, unit: &UnitName) -> Result<(), DriverError> {
+        for slice in [SHARE_SLICE, RESERVE_SLICE] {
+            let cgroup = Cgroup::at(&format!("{SLICE}/{slice}/{unit}"));
+            if cgroup.exists() {
+                cgroup.kill().map_err(|error| {
+                    DriverError::Permanent(format!("failed to kill {unit}: {error}"))
+                })?;
+            }
+        }
+        self.shared.systemd.stop(unit).await.map_err(refused)?;
+        remove_record(&record_path(unit));
+        Ok(())
+    }
+}
+
+impl Task {
+    /// SIGKILL to the main process, then to the scope.
+    async fn kill(&self) -> Result<(), DriverError> {
+        let failed = |error: std::io::Error| {
+            DriverError::Permanent(format!("failed to kill {}: {error}", self.unit))
+        };
+        send(self.main_pidfd.as_ref(), signal::KILL).map_err(failed)?;
+        if self.ends_within(AFTER_KILL).await {
+            return Ok(());
+        }
+        self.cgroup.kill().map_err(failed)?;
+        if self.ends_within(AFTER_KILL_ALL).await {
+            return Ok(());
+        }
+        Err(DriverError::Permanent(format!(
+            "{} does not end after SIGKILL: a process of it is in uninterruptible sleep (state D in ps), as on a hung NFS mount",
+            self.unit
+        )))
+    }
+
+    /// Until no process of the scope is left. The supervisor's end implies it for all that share its PID namespace.
+    async fn empty(&self) -> Result<(), DriverError> {
+        let failed = |error: std::io::Error| {
+            DriverError::Permanent(format!("failed to empty {}: {error}", self.unit))
+        };
+        let emptied = async {
+            while self.cgroup.is_populated().map_err(failed)? {
+                self.cgroup.kill().map_err(failed)?;
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            Ok(())
+        };
+        tokio::time::timeout(AFTER_KILL_ALL, emptied)
+            .await
+            .unwrap_or_else(|_| {
+                Err(DriverError::Permanent(format!(
+                    "{} is not empty after SIGKILL to all of it",
+                    self.unit
+                )))
+            })
+    }
+}

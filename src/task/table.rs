@@ -1,0 +1,218 @@
+//! All tasks of this driver: the table, one task, and what both are made with.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use tokio::sync::{broadcast, watch};
+
+use super::fingerprint;
+use super::state::Process;
+use super::types::{DriverError, ExitResult, Fingerprint, Names, TaskEvent, TaskId};
+use crate::cgroup::Cgroup;
+use crate::config::plugin::PluginConfig;
+use crate::plan::limits::{Compute, QuotaGrain};
+use crate::plan::unit::UnitName;
+use crate::record;
+use crate::systemd::Systemd;
+
+/// Everything of ours under /run: root's alone.
+pub const RUN_DIR: &str = "/run/nomad-driver-exec2";
+
+/// All tasks of this driver, and what they are made with. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct TaskTable {
+    pub(super) shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) systemd: Systemd,
+    /// Our own image: an upgrade may replace the file while we run, and plugin and helper must agree.
+    pub(super) program: OwnedFd,
+    /// RLIMIT_NOFILE as the plugin was started with, for the tasks.
+    pub(super) open_files: (u64, u64),
+    pub(super) settings: Mutex<Settings>,
+    pub(super) table: Mutex<HashMap<TaskId, Entry>>,
+    pub(super) events: broadcast::Sender<TaskEvent>,
+    pub(super) fingerprint: watch::Sender<Fingerprint>,
+    /// As of the systemd that the fingerprint was last taken of.
+    pub(super) grain: Mutex<QuotaGrain>,
+    pub(super) is_watching_host: AtomicBool,
+}
+
+/// What SetConfig brought.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Settings {
+    pub(super) config: PluginConfig,
+    pub(super) compute: Option<Compute>,
+}
+
+#[derive(Debug)]
+pub(super) enum Entry {
+    /// Its id is taken, so that no second copy starts.
+    Starting,
+    Running(Arc<Task>),
+}
+
+/// A task that was started, running or ended.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub(super) id: TaskId,
+    pub(super) names: Names,
+    pub(super) unit: UnitName,
+    pub(super) cgroup: Cgroup,
+    pub(super) started_at: SystemTime,
+    pub(super) main: Process,
+    /// Signals go through descriptors, never to a number that a stranger may have got. `None` after its end.
+    pub(super) main_pidfd: Option<OwnedFd>,
+    pub(super) supervisor_pidfd: Option<OwnedFd>,
+    pub(super) exit: watch::Sender<Option<Ended>>,
+}
+
+/// How and when a task ended.
+#[derive(Debug, Clone)]
+pub(super) struct Ended {
+    pub(super) result: ExitResult,
+    pub(super) at: SystemTime,
+}
+
+impl TaskTable {
+    /// No task yet, and no configuration. Opens our own image, as it is now.
+    pub fn new() -> io::Result<Self> {
+        let (events, _) = broadcast::channel(256);
+        let shared = Shared {
+            systemd: Systemd::new(),
+            program: own_program()?,
+            open_files: raise_open_files(),
+            settings: Mutex::default(),
+            table: Mutex::default(),
+            events,
+            fingerprint: watch::Sender::new(fingerprint::unconfigured()),
+            grain: Mutex::new(QuotaGrain::WholePercent),
+            is_watching_host: AtomicBool::new(false),
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// Takes the operator's configuration and the node's CPU power, for the starts that follow.
+    pub async fn set_up(&self, config: PluginConfig, compute: Option<Compute>) {
+        *lock(&self.shared.settings) = Settings { config, compute };
+        self.refresh_fingerprint().await;
+        if !self.shared.is_watching_host.swap(true, Ordering::Relaxed) {
+            tokio::spawn(self.clone().watch_host());
+        }
+    }
+
+    pub(super) fn settings(&self) -> Settings {
+        lock(&self.shared.settings).clone()
+    }
+
+    pub(super) fn find(&self, id: &TaskId) -> Option<Arc<Task>> {
+        match lock(&self.shared.table).get(id) {
+            Some(Entry::Running(task)) => Some(task.clone()),
+            _ => None,
+        }
+    }
+
+    /// Takes an id for a start, or says that it is taken.
+    pub(super) fn reserve(&self, id: &TaskId) -> Result<(), DriverError> {
+        let mut table = lock(&self.shared.table);
+        if table.contains_key(id) {
+            return Err(DriverError::Permanent(format!(
+                "task with ID {id} already started"
+            )));
+        }
+        table.insert(id.clone(), Entry::Starting);
+        Ok(())
+    }
+
+    pub(super) fn insert(&self, task: Task) -> Arc<Task> {
+        let task = Arc::new(task);
+        lock(&self.shared.table).insert(task.id.clone(), Entry::Running(task.clone()));
+        task
+    }
+
+    pub(super) fn remove(&self, id: &TaskId) {
+        lock(&self.shared.table).remove(id);
+    }
+}
+
+impl Task {
+    pub(super) fn ended(&self) -> Option<Ended> {
+        self.exit.borrow().clone()
+    }
+}
+
+fn own_program() -> io::Result<OwnedFd> {
+    use rustix::fs::{Mode, OFlags, open};
+    Ok(open(
+        "/proc/self/exe",
+        OFlags::PATH | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// A task's record, one file for each under /run.
+pub(super) fn record_path(unit: &UnitName) -> PathBuf {
+    Path::new(RUN_DIR).join("records").join(unit.as_str())
+}
+
+/// Makes the record's page, all of it allocated: its writer must not fail for a full /run.
+pub(super) fn create_record(path: &Path) -> io::Result<File> {
+    let dir = path.parent().unwrap_or(path);
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    // One of an earlier life of this very id is stale.
+    remove_record(path);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all_at(&record::open(), 0)?;
+    Ok(file)
+}
+
+pub(super) fn remove_record(path: &Path) {
+    let _ = fs::remove_file(path);
+}
+
+/// Raises our soft limit of descriptors to the hard one and returns what it was. The agent's 1,024 would end at some 300
+/// tasks.
+fn raise_open_files() -> (u64, u64) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let was = getrlimit(Resource::Nofile);
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: was.maximum,
+            maximum: was.maximum,
+        },
+    );
+    (
+        was.current.unwrap_or(u64::MAX),
+        was.maximum.unwrap_or(u64::MAX),
+    )
+}
+
+/// No code of ours panics while it holds a lock; if it did, the value would still be whole.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sends a signal; a process that has ended needs none.
+pub(super) fn send(pidfd: Option<&OwnedFd>, signal: i32) -> io::Result<()> {
+    match pidfd.map(|pidfd| crate::sys::pidfd_send_signal(pidfd.as_fd(), signal)) {
+        Some(Err(error)) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
+        _ => Ok(()),
+    }
+}
