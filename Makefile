@@ -1,0 +1,53 @@
+# What people type. The guests are built once and kept under $XDG_CACHE_HOME/nomad-driver-exec2.
+
+.DEFAULT_GOAL := help
+CARGO ?= cargo
+TEST := $(CARGO) test --locked
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: test
+test: host ## every test: units and protocol here, the rest in Debian 13 and 12 guests (root; at most 40 minutes on a new machine)
+	@echo '== unit, protocol and helper tests on this machine'
+	@status=0; \
+	$(TEST) --workspace --no-fail-fast || status=1; \
+	echo '== tests inside the guests'; \
+	$(TEST) --test guests || status=1; \
+	exit $$status
+
+.PHONY: test-matrix
+test-matrix: host ## the guest tests on every Debian release we follow, sid too
+	$(TEST) --test guests -- --matrix
+
+ROUNDS ?= 10
+.PHONY: soak
+soak: host ## the guest tests again and again: make soak ROUNDS=10
+	@for round in $$(seq $(ROUNDS)); do \
+		echo "== round $$round of $(ROUNDS)"; \
+		$(TEST) --test guests || exit 1; \
+	done
+
+GUEST ?= trixie-qemu
+.PHONY: demo
+demo: host build ## two jobs in a guest, and what systemd and the kernel make of it
+	$(CARGO) run --quiet --locked --package harness -- demo $(GUEST)
+
+.PHONY: hack
+hack: host build ## a guest with a shell; the agent's API at a port of this host
+	$(CARGO) run --quiet --locked --package harness -- hack $(GUEST)
+
+.PHONY: build
+build: ## driver and harness, unoptimised
+	$(CARGO) build --locked --workspace
+
+.PHONY: lint
+lint: ## formatting and clippy
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
+	$(CARGO) clippy --locked --test guests -- --deny warnings
+
+.PHONY: host
+host:
+	@tests/harness/host-setup

@@ -1,0 +1,273 @@
+//! The same promises through a real Nomad agent, where there is one: read from its API, from its log, and from the guest.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use harness::guest::{Case, Context};
+use harness::nomad::Level;
+use harness::nomad::real::{RealAgent, RealConfig};
+
+use crate::case;
+use crate::nomad::{Job, Scope, said, until};
+
+pub const CASES: &[Case] = &[
+    case!(Limits, Agent, a_real_agent_runs_jobs_in_scopes),
+    case!(Limits, Agent, a_real_agent_shows_why_a_task_did_not_start),
+    case!(Limits, Agent, a_real_agents_node_shows_what_the_host_lacks),
+];
+
+const ENV: &str = include_str!("../nomad/env.nomad.hcl");
+const EXIT7: &str = include_str!("../nomad/exit7.nomad.hcl");
+const SERVICE: &str = include_str!("../nomad/service.nomad.hcl");
+
+async fn agent(context: &Context) -> Result<RealAgent> {
+    RealAgent::start(RealConfig {
+        plugin_config: "unveil_by_task = true".into(),
+        total_compute_mhz: Some(2000),
+        ..RealConfig::new(context.agent(), context.driver())
+    })
+    .await
+}
+
+/// Runs a batch job to its end; its allocation and its client status.
+async fn to_end(agent: &RealAgent, job: &str) -> Result<(String, String)> {
+    let ids = agent.run(job).await?;
+    let id = ids.first().context("no allocation")?.clone();
+    let status = agent.wait_for(&id, &["complete", "failed"]).await?;
+    Ok((id, status))
+}
+
+async fn messages(agent: &RealAgent, id: &str, task: &str) -> Result<Vec<String>> {
+    let events = agent.events(id, task).await?;
+    Ok(events
+        .into_iter()
+        .map(|event| format!("{}: {}", event.kind, event.message))
+        .collect())
+}
+
+/// The scope of a running task, found from outside.
+fn scope_of(alloc: &str, task: &str) -> Result<Scope> {
+    let pattern = format!("exec2-{task}-{}-*.scope", &alloc[..8]);
+    let listed = said(
+        "systemctl",
+        &["list-units", "--plain", "--no-legend", &pattern],
+    )?;
+    let unit = listed
+        .split_whitespace()
+        .next()
+        .with_context(|| format!("no {pattern}"))?
+        .to_owned();
+    let dir = Path::new("/sys/fs/cgroup/exec2.slice/exec2-share.slice").join(&unit);
+    Ok(Scope { unit, dir })
+}
+
+fn a_real_agent_runs_jobs_in_scopes(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let mounts_before = fs::read_to_string("/proc/1/mountinfo")?.lines().count();
+        let mut agent = agent(context).await?;
+
+        let (id, status) = to_end(&agent, ENV).await?;
+        ensure!(
+            status == "complete",
+            "{:?}",
+            messages(&agent, &id, "env").await?
+        );
+        let log = agent.logs(&id, "env", "stdout").await?;
+        ensure!(
+            log.lines().any(|line| line.starts_with("USER=nomad-8")),
+            "{log}"
+        );
+        for name in [
+            "NOMAD_ALLOC_ID=",
+            "NOMAD_TASK_DIR=",
+            "NOMAD_SECRETS_DIR=",
+            "TMPDIR=",
+        ] {
+            ensure!(
+                log.lines().any(|line| line.starts_with(name)),
+                "no {name} in {log}"
+            );
+        }
+        for name in ["NOTIFY_SOCKET=", "INVOCATION_ID=", "JOURNAL_STREAM="] {
+            ensure!(
+                !log.lines().any(|line| line.starts_with(name)),
+                "{name} in {log}"
+            );
+        }
+
+        let (id, status) = to_end(&agent, EXIT7).await?;
+        let told = messages(&agent, &id, "exit7").await?;
+        ensure!(
+            status == "failed" && told.iter().any(|line| line == "Terminated: Exit Code: 7"),
+            "{told:?}"
+        );
+        ensure!(
+            agent
+                .logs(&id, "exit7", "stderr")
+                .await?
+                .contains("to stderr")
+        );
+
+        for user in ["", "root"] {
+            let job = Job::shell("cat /etc/passwd");
+            let job = if user.is_empty() { job } else { job.user(user) };
+            let (id, status) = to_end(&agent, &job.text()).await?;
+            let stderr = agent.logs(&id, "t", "stderr").await?;
+            ensure!(
+                status == "failed" && stderr.contains("/etc/passwd: Permission denied"),
+                "{user:?}: {stderr}"
+            );
+        }
+
+        let ids = agent.run(SERVICE).await?;
+        let id = ids.first().context("no allocation")?;
+        agent.wait_for(id, &["running"]).await?;
+        let scope = scope_of(id, "web")?;
+        let main = scope.main()?;
+        let cgroup = fs::read_to_string(format!("/proc/{main}/cgroup"))?;
+        ensure!(
+            cgroup.trim() == format!("0::/exec2.slice/exec2-share.slice/{}", scope.unit),
+            "{cgroup}"
+        );
+        // 500 of the 1000 MHz that each of the two cores has.
+        for (file, value) in [
+            ("memory.max", "134217728"),
+            ("memory.low", "67108864"),
+            ("cpu.max", "50000 100000"),
+        ] {
+            ensure!(scope.file(file)? == value, "{file}: {}", scope.file(file)?);
+        }
+        let shown = scope.show(&[
+            "MemoryMax",
+            "MemoryLow",
+            "CPUQuotaPerSecUSec",
+            "Description",
+        ])?;
+        ensure!(
+            shown["MemoryMax"] == "134217728" && shown["MemoryLow"] == "67108864",
+            "{shown:?}"
+        );
+        ensure!(shown["CPUQuotaPerSecUSec"] == "500ms", "{shown:?}");
+        ensure!(
+            shown["Description"].starts_with("Nomad task web of default/service/web (alloc "),
+            "{shown:?}"
+        );
+
+        agent.restart().await?;
+        ensure!(
+            scope.main()? == main,
+            "the task did not survive a restart of the agent"
+        );
+        agent.wait_for(id, &["running"]).await?;
+        agent.crash().await?;
+        ensure!(
+            scope.main()? == main,
+            "the task did not survive the agent's death"
+        );
+
+        agent.stop("service").await?;
+        let told = messages(&agent, id, "web").await?;
+        ensure!(
+            told.iter().any(|line| line == "Terminated: Exit Code: 0"),
+            "{told:?}"
+        );
+        ensure!(
+            told.contains(&format!("Driver: Started in {}", scope.unit)),
+            "{told:?}"
+        );
+        until("the scope is gone", || scope.expect_gone().ok()).await?;
+
+        let loud = agent.plugin_lines(Level::Warn)?;
+        ensure!(loud.is_empty(), "jobs that went well are no news: {loud:?}");
+        agent.collect().await?;
+        agent.finish().await?;
+        let records = fs::read_dir("/run/nomad-driver-exec2/records")?.count();
+        ensure!(records == 0, "{records} records are left");
+        let mounts = fs::read_to_string("/proc/1/mountinfo")?.lines().count();
+        ensure!(
+            mounts == mounts_before,
+            "{mounts} mounts, {mounts_before} before"
+        );
+        Ok(())
+    })
+}
+
+fn a_real_agent_shows_why_a_task_did_not_start(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let cases = [
+            (
+                Job::shell("true").unveil(&["rz:/etc"]),
+                "unveil: \"rz:/etc\" has an unknown letter 'z' in its mode",
+            ),
+            (
+                Job::shell("true").unveil(&["r:/srv/nothing"]),
+                "unveil r:/srv/nothing: no such file or directory",
+            ),
+            (
+                Job::command("/srv/nothing", &[]),
+                "command \"/srv/nothing\": no such file or directory",
+            ),
+            (
+                Job::command("no-such-program", &[]),
+                "command \"no-such-program\": not found in PATH",
+            ),
+            (
+                Job::shell("true").user("nobody-of-that-name"),
+                "nobody-of-that-name",
+            ),
+        ];
+        for (job, sentence) in cases {
+            let (id, status) = to_end(&agent, &job.text()).await?;
+            let told = messages(&agent, &id, "t").await?;
+            ensure!(status == "failed", "{status}: {told:?}");
+            ensure!(
+                told.iter().any(|line| line.contains(sentence)),
+                "no {sentence:?} in {told:?}"
+            );
+            ensure!(
+                !told.iter().any(|line| line.starts_with("Started")),
+                "it counts as started: {told:?}"
+            );
+        }
+        let units = said(
+            "systemctl",
+            &[
+                "list-units",
+                "--all",
+                "--plain",
+                "--no-legend",
+                "exec2-*.scope",
+            ],
+        )?;
+        ensure!(units.is_empty(), "{units}");
+        agent.finish().await
+    })
+}
+
+fn a_real_agents_node_shows_what_the_host_lacks(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let mut agent = agent(context).await?;
+        said("systemctl", &["stop", "dbus.socket", "dbus.service"])?;
+        let lost = agent
+            .ready("systemd cannot be reached on the system bus")
+            .await;
+        said("systemctl", &["start", "dbus.socket", "dbus.service"])?;
+        lost?;
+        agent.ready("Healthy").await?;
+        let node = agent.node().await?;
+        let attributes = &node["Attributes"];
+        ensure!(
+            attributes["driver.exec2.unveil.tasks"] == "true",
+            "{attributes}"
+        );
+        ensure!(
+            attributes["driver.exec2.landlock.abi"]
+                .as_str()
+                .is_some_and(|abi| abi != "0"),
+            "{attributes}"
+        );
+        agent.finish().await
+    })
+}

@@ -1,0 +1,63 @@
+//! The cases that need a real systemd, run inside guests this machine boots for them. Needs root.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod agent;
+mod bad_input;
+mod dbus;
+mod fitness;
+mod ground;
+mod jobs;
+mod leaks;
+mod life;
+mod nomad;
+mod recovery;
+mod run;
+mod scopes;
+mod view;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use harness::guest::{self, Case, Suite};
+
+fn main() -> ExitCode {
+    let mut cases: Vec<Case> = [
+        ground::CASES,
+        leaks::CASES,
+        scopes::CASES,
+        jobs::CASES,
+        life::CASES,
+        bad_input::CASES,
+        agent::CASES,
+        view::CASES,
+        recovery::CASES,
+        run::CASES,
+        dbus::CASES,
+        // Last: it takes the guest's bus away for a while.
+        fitness::CASES,
+    ]
+    .concat();
+    for case in &mut cases {
+        // The name of this executable, which module_path! puts first.
+        case.name = case.name.trim_start_matches("guests::");
+    }
+    guest::main(&Suite {
+        cases: &cases,
+        driver: Path::new(env!("CARGO_BIN_EXE_nomad-driver-exec2")),
+        logs: &Path::new(env!("CARGO_TARGET_TMPDIR")).join("guests"),
+    })
+}
+
+/// A row of a case table: the name is the module's and the function's.
+macro_rules! case {
+    ($needs:ident, $subject:ident, $function:ident) => {
+        harness::guest::Case {
+            name: concat!(module_path!(), "::", stringify!($function)),
+            needs: harness::guest::Needs::$needs,
+            subject: harness::guest::Subject::$subject,
+            run: $function,
+        }
+    };
+}
+use case;

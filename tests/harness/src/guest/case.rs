@@ -1,0 +1,93 @@
+//! A case: one behaviour, looked at from inside a guest.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::{GuestName, Kind, PAYLOAD_DIR};
+
+/// Where a case has something to see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// A real systemd at native speed: containers.
+    Speed,
+    /// Memory, cpu and io controllers, OOM kills, a reboot: machines.
+    Limits,
+    /// Differs between the two, or is too important to see only once.
+    Both,
+}
+
+impl Needs {
+    pub fn met_by(self, kind: Kind) -> bool {
+        match self {
+            Needs::Speed => kind == Kind::Nspawn,
+            Needs::Limits => kind == Kind::Qemu,
+            Needs::Both => true,
+        }
+    }
+}
+
+/// Who plays the agent in a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// Nobody, or our own client: runs everywhere.
+    Ours,
+    /// A real `nomad`, where there is one.
+    Agent,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    pub name: &'static str,
+    pub needs: Needs,
+    pub subject: Subject,
+    pub run: fn(&Context) -> Result<()>,
+}
+
+/// What a case may ask of the guest it runs in.
+#[derive(Debug)]
+pub struct Context {
+    guest: GuestName,
+}
+
+impl Context {
+    pub(super) fn new(guest: GuestName) -> Context {
+        Context { guest }
+    }
+
+    pub fn guest(&self) -> GuestName {
+        self.guest
+    }
+
+    /// The driver under test.
+    pub fn driver(&self) -> PathBuf {
+        self.payload("nomad-driver-exec2")
+    }
+
+    /// The real agent. Only for cases of `Subject::Agent`.
+    pub fn agent(&self) -> PathBuf {
+        self.payload("nomad")
+    }
+
+    pub fn payload(&self, name: &str) -> PathBuf {
+        Path::new(PAYLOAD_DIR).join(name)
+    }
+
+    /// A line that is printed below the case even when it passes: measurements, versions.
+    pub fn note(&self, text: impl AsRef<str>) {
+        for line in text.as_ref().lines() {
+            println!("{NOTE}{line}");
+        }
+    }
+
+    /// Runs an async case on a runtime of its own.
+    pub fn block_on<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(work)
+    }
+}
+
+/// Marks the lines of a case's output that are notes. Not `note:`, which a panic prints too.
+pub(super) const NOTE: &str = "##note ";

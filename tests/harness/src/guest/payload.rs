@@ -1,0 +1,80 @@
+//! What a guest is given: the files under test. A directory for the containers, and the same as a disk image for the
+//! machines. The image's size is part of the snapshot; its content is not, because nothing reads it before the restore.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::cache::RunDir;
+use super::child;
+
+/// Room for test executables with line tables and a real agent.
+pub const IMAGE_SIZE: &str = "1536M";
+
+#[derive(Debug)]
+pub struct Payload {
+    run: RunDir,
+    image: Mutex<Option<PathBuf>>,
+}
+
+impl Payload {
+    /// An executable for each pair: its name inside, and where it is now.
+    pub fn new(files: &[(&str, &Path)]) -> Result<Payload> {
+        let run = RunDir::new()?;
+        let dir = run.path().join("payload");
+        fs::create_dir(&dir)?;
+        for (name, from) in files {
+            let to = dir.join(name);
+            fs::copy(from, &to).with_context(|| {
+                format!("cannot copy {} into the guests' payload", from.display())
+            })?;
+            fs::set_permissions(&to, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(Payload {
+            run,
+            image: Mutex::new(None),
+        })
+    }
+
+    pub fn dir(&self) -> PathBuf {
+        self.run.path().join("payload")
+    }
+
+    /// A directory of this run for everything that belongs to one guest.
+    pub fn scratch(&self, guest: &str) -> Result<PathBuf> {
+        let dir = self.run.path().join(guest);
+        fs::create_dir(&dir)?;
+        Ok(dir)
+    }
+
+    /// The image, written at the first call.
+    pub fn image(&self) -> Result<PathBuf> {
+        let mut known = self.image.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(image) = &*known {
+            return Ok(image.clone());
+        }
+        let image = self.run.path().join("payload.ext4");
+        let mut command = Command::new("mke2fs");
+        command.args([
+            "-q",
+            "-F",
+            "-t",
+            "ext4",
+            "-O",
+            "^has_journal",
+            "-N",
+            "256",
+            "-m",
+            "0",
+            "-d",
+        ]);
+        command.arg(self.dir()).arg(&image).arg(IMAGE_SIZE);
+        child::succeed(&mut command, Duration::from_secs(300))?;
+        Ok(known.insert(image).clone())
+    }
+}

@@ -1,0 +1,119 @@
+//! What people read: a line per case, and at the end what failed, what was slow and how many.
+
+use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::GuestName;
+use super::inside::Ended;
+
+const SLOWEST: usize = 10;
+
+#[derive(Debug, Default)]
+pub struct Tally {
+    ended: Mutex<Vec<(GuestName, Ended)>>,
+}
+
+impl Tally {
+    pub fn ended(&self, guest: GuestName, ended: Ended) {
+        let verdict = if ended.failure.is_some() {
+            "FAILED"
+        } else {
+            "ok"
+        };
+        let mut lines = format!(
+            "{guest:<16} {} ... {verdict} ({:.2} s)",
+            ended.case, ended.seconds
+        );
+        for note in &ended.notes {
+            lines.push_str(&format!("\n{:<16}     {note}", ""));
+        }
+        // One call: the lines of two guests do not mix.
+        println!("{lines}");
+        self.lock().push((guest, ended));
+    }
+
+    /// A planned case that did not run is a failed one. The reason is told once.
+    pub fn did_not_run(&self, guest: GuestName, cases: &[&str], why: &str) {
+        for (number, case) in cases.iter().enumerate() {
+            self.ended(
+                guest,
+                Ended {
+                    case: (*case).to_owned(),
+                    seconds: 0.0,
+                    notes: Vec::new(),
+                    failure: Some("did not run".to_owned()),
+                    output: if number == 0 { why } else { "(the same)" }.to_owned(),
+                },
+            );
+        }
+    }
+
+    /// Prints the end of the report; the counts are alone on the last line.
+    pub fn conclude(&self) -> ExitCode {
+        let mut ended = self.lock();
+        let (failed, passed): (Vec<_>, Vec<_>) =
+            ended.iter().partition(|(_, ended)| ended.failure.is_some());
+        for (guest, case) in &failed {
+            println!(
+                "\n---- {guest} {}: {}",
+                case.case,
+                case.failure.as_deref().unwrap_or_default()
+            );
+            println!("{}", case.output);
+        }
+        let (failed, passed) = (failed.len(), passed.len());
+        ended.sort_by(|(_, a), (_, b)| b.seconds.total_cmp(&a.seconds));
+        println!("\nslowest:");
+        for (guest, case) in ended.iter().take(SLOWEST) {
+            println!("{:>8.2} s  {guest:<16} {}", case.seconds, case.case);
+        }
+        if ended.is_empty() {
+            println!("\nno case ran: that is a failure too");
+        }
+        println!("\n{passed} passed, {failed} failed");
+        if failed == 0 && passed > 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(GuestName, Ended)>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn failed(exit: ExitCode) -> bool {
+        format!("{exit:?}") != format!("{:?}", ExitCode::SUCCESS)
+    }
+
+    fn passed_case() -> Ended {
+        Ended {
+            case: "a::case".to_owned(),
+            seconds: 1.0,
+            notes: Vec::new(),
+            failure: None,
+            output: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_run_of_nothing_fails() {
+        assert!(failed(Tally::default().conclude()));
+    }
+
+    #[test]
+    fn a_case_that_did_not_run_fails_the_whole_run() {
+        let guest: GuestName = "trixie-nspawn".parse().unwrap();
+        let tally = Tally::default();
+        tally.ended(guest, passed_case());
+        assert!(!failed(tally.conclude()));
+        tally.did_not_run(guest, &["b::case"], "no guest");
+        assert!(failed(tally.conclude()));
+    }
+}

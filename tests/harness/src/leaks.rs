@@ -1,0 +1,227 @@
+//! What a case leaves behind in a guest: processes, units, mounts, cgroups and files that were not there before it. Looks
+//! only at what the driver could have made; it asks the guest, never the driver.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const CGROUPS: &str = "/sys/fs/cgroup";
+const SLICE: &str = "/sys/fs/cgroup/exec2.slice";
+const UNITS: &str = "exec2-*.scope";
+/// The driver's own place under /run. Its directories may stay.
+const RUN_DIR: &str = "/run/nomad-driver-exec2";
+/// The directories of `run` for people.
+const RUN_ALLOCS: [&str; 2] = [
+    "/var/lib/nomad-driver-exec2/run/alloc",
+    "/var/lib/nomad-driver-exec2/run/alloc_mounts",
+];
+
+/// One thing too many.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Leak {
+    Process { pid: i32, command: String },
+    Unit(String),
+    Mount { target: PathBuf, what: String },
+    Cgroup(PathBuf),
+    File(PathBuf),
+}
+
+/// What there was before.
+#[derive(Debug)]
+pub struct Ground(BTreeSet<Leak>);
+
+impl Ground {
+    pub fn survey() -> Result<Ground> {
+        Ok(Ground(everything()?))
+    }
+
+    /// What came since, and is still there.
+    pub fn left(&self) -> Result<Vec<Leak>> {
+        Ok(everything()?.difference(&self.0).cloned().collect())
+    }
+}
+
+impl Leak {
+    /// Ends it, so that whatever comes next starts on clean ground.
+    pub fn clear(&self) {
+        match self {
+            Leak::Process { pid, .. } => {
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+                let begun = Instant::now();
+                while is_alive(*pid) && begun.elapsed() < Duration::from_secs(2) {
+                    thread::sleep(Duration::from_millis(2));
+                }
+            }
+            Leak::Unit(unit) => {
+                let _ = Command::new("systemctl")
+                    .args(["kill", "--signal=SIGKILL", unit])
+                    .output();
+                let _ = Command::new("systemctl").args(["stop", unit]).output();
+            }
+            Leak::Mount { target, .. } => {
+                let _ = umount2(target, MntFlags::MNT_DETACH);
+            }
+            Leak::Cgroup(path) => {
+                let _ = fs::write(path.join("cgroup.kill"), "1");
+                let _ = fs::remove_dir(path);
+            }
+            Leak::File(path) => {
+                let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
+            }
+        }
+    }
+}
+
+impl fmt::Display for Leak {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Leak::Process { pid, command } => write!(f, "process {pid} ({command})"),
+            Leak::Unit(unit) => write!(f, "unit {unit}"),
+            Leak::Mount { target, what } => write!(f, "mount {} ({what})", target.display()),
+            Leak::Cgroup(path) => write!(f, "cgroup {}", path.display()),
+            Leak::File(path) => write!(f, "file {}", path.display()),
+        }
+    }
+}
+
+fn everything() -> Result<BTreeSet<Leak>> {
+    let mut all = BTreeSet::new();
+    // Every process a case starts is in our own cgroup unless systemd moved it to a scope.
+    let own = own_cgroup()?;
+    processes_in(&own, &ancestors(), &mut all);
+    processes_in(Path::new(SLICE), &BTreeSet::new(), &mut all);
+    units(&mut all)?;
+    mounts(&mut all)?;
+    scopes_in(Path::new(SLICE), &mut all);
+    files_in(Path::new(RUN_DIR), &mut all);
+    for dir in RUN_ALLOCS {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        all.extend(entries.map(|entry| Leak::File(entry.path())));
+    }
+    Ok(all)
+}
+
+fn own_cgroup() -> Result<PathBuf> {
+    let own = fs::read_to_string("/proc/self/cgroup")?;
+    let own = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .context("the guest has no cgroup version 2")?;
+    Ok(Path::new(CGROUPS).join(own))
+}
+
+/// Ourselves and whoever started us.
+fn ancestors() -> BTreeSet<i32> {
+    let mut pids = BTreeSet::new();
+    let mut next = Some(std::process::id().cast_signed());
+    while let Some(pid) = next.filter(|pid| *pid > 0 && pids.insert(*pid)) {
+        next = fs::read_to_string(format!("/proc/{pid}/status"))
+            .ok()
+            .and_then(|status| {
+                let parent = status
+                    .lines()
+                    .find_map(|line| line.strip_prefix("PPid:"))?
+                    .trim()
+                    .parse();
+                parent.ok()
+            });
+    }
+    pids
+}
+
+/// A zombie has no command line.
+fn is_alive(pid: i32) -> bool {
+    fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|command| !command.is_empty())
+}
+
+fn processes_in(cgroup: &Path, except: &BTreeSet<i32>, all: &mut BTreeSet<Leak>) {
+    let pids = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    for pid in pids.lines().filter_map(|line| line.parse().ok()) {
+        let command = fs::read_to_string(format!("/proc/{pid}/cmdline"))
+            .unwrap_or_default()
+            .replace('\0', " ");
+        // Without a command line it is a zombie on its way.
+        if !except.contains(&pid) && !command.is_empty() {
+            let command = command.trim_end().to_owned();
+            all.insert(Leak::Process { pid, command });
+        }
+    }
+    for dir in directories(cgroup) {
+        processes_in(&dir, except, all);
+    }
+}
+
+fn units(all: &mut BTreeSet<Leak>) -> Result<()> {
+    let listed = Command::new("systemctl")
+        .args(["list-units", "--all", "--plain", "--no-legend", UNITS])
+        .output()?;
+    ensure!(
+        listed.status.success(),
+        "systemctl cannot list units: {listed:?}"
+    );
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let names = listed
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    all.extend(names.map(|name| Leak::Unit(name.to_owned())));
+    Ok(())
+}
+
+/// Of the guest's PID 1: what a task mounts in its own namespace must never get there.
+fn mounts(all: &mut BTreeSet<Leak>) -> Result<()> {
+    let mountinfo = fs::read_to_string("/proc/1/mountinfo")?;
+    for line in mountinfo.lines() {
+        // id parent major:minor root target options … - type source options
+        let words: Vec<&str> = line.split(' ').collect();
+        let (Some(root), Some(target)) = (words.get(3), words.get(4)) else {
+            continue;
+        };
+        let kind = words
+            .iter()
+            .position(|word| *word == "-")
+            .and_then(|dash| words.get(dash + 1));
+        all.insert(Leak::Mount {
+            target: target.into(),
+            what: format!("{} {root}", kind.unwrap_or(&"?")),
+        });
+    }
+    Ok(())
+}
+
+fn scopes_in(cgroup: &Path, all: &mut BTreeSet<Leak>) {
+    for dir in directories(cgroup) {
+        if dir.extension().is_some_and(|kind| kind == "scope") {
+            all.insert(Leak::Cgroup(dir));
+        } else {
+            scopes_in(&dir, all);
+        }
+    }
+}
+
+fn files_in(dir: &Path, all: &mut BTreeSet<Leak>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files_in(&entry.path(), all);
+        } else {
+            all.insert(Leak::File(entry.path()));
+        }
+    }
+}
+
+fn directories(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+}

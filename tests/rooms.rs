@@ -1,0 +1,289 @@
+//! Who may know whom, and docs in step with code: what a reader may rely on without reading all of it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nomad_driver_exec2::config::schema;
+use nomad_driver_exec2::plan::steps::Step;
+use nomad_driver_exec2::plan::unveil;
+
+/// A room, the rooms of ours it may use, and the crates it may use beside std.
+struct Room {
+    name: &'static str,
+    rooms: &'static [&'static str],
+    crates: &'static [&'static str],
+}
+
+const ROOMS: [Room; 14] = [
+    Room {
+        name: "sys",
+        rooms: &[],
+        crates: &["libc", "nix", "rustix", "tokio"],
+    },
+    Room {
+        name: "text",
+        rooms: &[],
+        crates: &[],
+    },
+    Room {
+        name: "record",
+        rooms: &["text"],
+        crates: &[],
+    },
+    Room {
+        name: "config",
+        rooms: &[],
+        crates: &["rmp", "rmp_serde", "serde", "serde_json", "thiserror"],
+    },
+    // Requests are values of task/types, which imports nothing.
+    Room {
+        name: "plan",
+        rooms: &["config", "task::types", "text", "users::Account"],
+        crates: &["serde", "thiserror"],
+    },
+    Room {
+        name: "cgroup",
+        rooms: &[],
+        crates: &["libc"],
+    },
+    Room {
+        name: "users",
+        rooms: &[],
+        crates: &["nix", "thiserror"],
+    },
+    Room {
+        name: "host",
+        rooms: &["cgroup", "plan::limits", "sys"],
+        crates: &["nix"],
+    },
+    Room {
+        name: "systemd",
+        rooms: &["plan::limits", "plan::unit", "text"],
+        crates: &["thiserror", "tokio", "tokio_stream", "zbus"],
+    },
+    Room {
+        name: "launch",
+        rooms: &["cgroup::unified", "plan::steps", "record", "sys"],
+        crates: &[
+            "landlock",
+            "libc",
+            "nix",
+            "rmp_serde",
+            "rustix",
+            "serde",
+            "thiserror",
+        ],
+    },
+    Room {
+        name: "task",
+        rooms: &[
+            "cgroup", "config", "host", "launch", "plan", "record", "sys", "systemd", "text",
+            "users",
+        ],
+        crates: &[
+            "libc",
+            "nix",
+            "rustix",
+            "serde",
+            "serde_json",
+            "thiserror",
+            "tokio",
+            "tokio_stream",
+            "tracing",
+        ],
+    },
+    Room {
+        name: "plugin",
+        rooms: &[
+            "config",
+            "plan::limits",
+            "plan::unit",
+            "plan::unveil",
+            "proto",
+            "task",
+            "text",
+        ],
+        crates: &[
+            "libc",
+            "nix",
+            "prost",
+            "prost_types",
+            "rustix",
+            "serde",
+            "serde_json",
+            "tempfile",
+            "thiserror",
+            "tokio",
+            "tokio_stream",
+            "tonic",
+            "tracing",
+            "tracing_subscriber",
+        ],
+    },
+    Room {
+        name: "job",
+        rooms: &["config", "task::types"],
+        crates: &["hcl", "nix", "thiserror"],
+    },
+    Room {
+        name: "cli",
+        rooms: &["config", "host", "job", "plan", "task", "users"],
+        crates: &["clap", "nix", "thiserror", "tokio"],
+    },
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources(path: &Path) -> Vec<PathBuf> {
+    if path.is_file() {
+        return vec![path.to_owned()];
+    }
+    fs::read_dir(path)
+        .unwrap()
+        .flat_map(|entry| sources(&entry.unwrap().path()))
+        .collect()
+}
+
+fn files(room: &str) -> Vec<PathBuf> {
+    let dir = root().join("src").join(room);
+    if dir.is_dir() {
+        sources(&dir)
+    } else {
+        vec![root().join(format!("src/{room}.rs"))]
+    }
+}
+
+/// The paths that a file names after `use`, without its tests, each group spelled out by its first two parts.
+fn uses(file: &Path) -> Vec<String> {
+    let text = fs::read_to_string(file).unwrap();
+    let shipped = text.split("#[cfg(test)]").next().unwrap();
+    let statements = shipped.split(';').filter_map(|statement| {
+        let start = statement
+            .rfind("\nuse ")
+            .map(|at| at + 5)
+            .or_else(|| statement.rfind("pub use ").map(|at| at + 8))?;
+        Some(statement[start..].split_whitespace().collect::<String>())
+    });
+    statements.flat_map(|path| spell_out(&path)).collect()
+}
+
+/// `crate::{a::b,c}` is `crate::a::b` and `crate::c`; deeper groups do not matter here.
+fn spell_out(path: &str) -> Vec<String> {
+    let Some((head, group)) = path.split_once("::{") else {
+        return vec![path.to_owned()];
+    };
+    if head != "crate" {
+        return vec![head.to_owned()];
+    }
+    let mut depth = 0;
+    let parts = group.trim_end_matches('}').split(|c| {
+        depth += i32::from(c == '{') - i32::from(c == '}');
+        c == ',' && depth == 0
+    });
+    parts.map(|part| format!("crate::{part}")).collect()
+}
+
+#[test]
+fn every_room_uses_only_what_it_may() {
+    let mut wrong = Vec::new();
+    for room in &ROOMS {
+        for file in files(room.name) {
+            for path in uses(&file) {
+                let path = path.trim_start_matches("::");
+                let allowed = match path.strip_prefix("crate::") {
+                    Some(ours) => {
+                        let is =
+                            |name: &&str| *ours == **name || ours.starts_with(&format!("{name}::"));
+                        is(&room.name) || room.rooms.iter().any(is)
+                    }
+                    None => {
+                        let first = path.split("::").next().unwrap();
+                        let own = files(room.name)
+                            .iter()
+                            .any(|file| file.file_stem().is_some_and(|stem| stem == first));
+                        // `wire` is an alias of a path below crate::proto.
+                        own || ["std", "self", "super", "wire"].contains(&first)
+                            || room.crates.contains(&first)
+                    }
+                };
+                if !allowed {
+                    wrong.push(format!(
+                        "{}: use {path}",
+                        file.strip_prefix(root()).unwrap().display()
+                    ));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn every_file_belongs_to_a_room() {
+    for entry in fs::read_dir(root().join("src")).unwrap() {
+        let path = entry.unwrap().path();
+        let stem = path.file_stem().unwrap().to_str().unwrap();
+        let known = ROOMS.iter().any(|room| room.name == stem);
+        assert!(
+            known || ["lib", "main", "proto"].contains(&stem),
+            "{}",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn no_source_file_outgrows_its_reader() {
+    for file in sources(&root().join("src")) {
+        let text = fs::read_to_string(&file).unwrap();
+        let lines = text.split("#[cfg(test)]").next().unwrap().lines().count();
+        assert!(lines <= 450, "{} has {lines} lines", file.display());
+    }
+}
+
+#[test]
+fn unsafe_code_is_in_one_file() {
+    for file in sources(&root().join("src")) {
+        let text = fs::read_to_string(&file).unwrap();
+        let has = text
+            .lines()
+            .any(|line| line.contains("unsafe {") || line.contains("allow(unsafe_code)"));
+        assert!(!has || file.ends_with("src/sys.rs"), "{}", file.display());
+    }
+}
+
+#[test]
+fn the_readme_quotes_the_steps_of_a_start() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let list: Vec<String> = Step::ALL
+        .iter()
+        .map(|(step, what)| format!("{}. {what}", step.number()))
+        .collect();
+    assert!(
+        readme.contains(&list.join("\n")),
+        "README.md lacks this list:\n{}",
+        list.join("\n")
+    );
+}
+
+#[test]
+fn the_readme_explains_every_key_and_every_default_path() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for key in schema::PLUGIN.iter().chain(schema::TASK) {
+        assert!(
+            readme.contains(&format!("`{}`", key.name)),
+            "README.md does not explain {}",
+            key.name
+        );
+    }
+    for path in unveil::DEFAULTS.iter().flat_map(|(_, paths)| paths.iter()) {
+        assert!(
+            readme.contains(&format!("`{path}`")),
+            "README.md does not list {path}"
+        );
+    }
+}
