@@ -111,9 +111,6 @@ fn open(rule: &Rule, root: &TaskRoot, uid: u32) -> Result<Option<OwnedFd>, Failu
             Ok(None)
         }
         (Errno::ACCESS, ..) => Err(failure.note(format!("uid {uid} cannot reach it"))),
-        (Errno::LOOP, _, Place::Task(_)) => {
-            Err(failure.note("no symbolic link is followed in the task's directory"))
-        }
         (Errno::XDEV, _, Place::Task(_)) => {
             Err(failure.note("it leads out of the task's directory"))
         }

@@ -78,7 +78,7 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     let outputs = stdio::open(&order)?;
     namespaces::join_network(&order)?;
     namespaces::unshare()?;
-    namespaces::receive_mounts_only()?;
+    namespaces::cut_propagation()?;
     let root = mounts::build(&order)?;
     let prepared = Prepared {
         root,

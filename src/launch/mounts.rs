@@ -4,6 +4,7 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, OFlags, fstat};
@@ -12,7 +13,8 @@ use rustix::io::Errno;
 use super::layers::{self, Finish, Layer, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
 use super::place::{TaskRoot, open_resolved};
 use super::report::{At, Failure};
-use crate::plan::steps::{Order, RunMask, Step, Tree, View};
+use super::stdio;
+use crate::plan::steps::{Order, RunMask, Stdio, Step, Tree, View};
 
 /// What stays of a masked /run, for every task: the resolver's files, and the sockets that take a log.
 const KEPT_RUN: [&str; 4] = [
@@ -32,10 +34,8 @@ pub(super) fn build(order: &Order) -> Result<TaskRoot, Failure> {
         layers::set_attributes(c"/", libc::AT_RECURSIVE, set, 0).at_path(Step::View, "/")?;
     }
     layers::lay(Step::View, layers)?;
-    // Who opens a terminal changes its mode and owner. A host without devpts has nothing to change here.
-    let _ = layers::set_attributes(c"/dev/pts", 0, 0, READ_ONLY);
     let root = TaskRoot::open(&order.task_dir, Step::View)?;
-    close_logs(&root)?;
+    close_logs(&root, &order.stdio)?;
     Ok(root)
 }
 
@@ -125,6 +125,7 @@ enum Instead {
     TaskTmp,
     SharedMemory,
     MessageQueues,
+    Terminals,
 }
 
 impl Mask {
@@ -134,6 +135,8 @@ impl Mask {
             (PathBuf::from("/tmp"), Instead::TaskTmp),
             (PathBuf::from("/dev/shm"), Instead::SharedMemory),
             (PathBuf::from("/dev/mqueue"), Instead::MessageQueues),
+            // Those of the host belong to whoever is logged in, and chmod is not Landlock's business.
+            (PathBuf::from("/dev/pts"), Instead::Terminals),
         ];
         for base in run_directories()? {
             match run {
@@ -169,6 +172,8 @@ impl Mask {
             }
             Instead::SharedMemory => filesystem(c"tmpfs", &[("mode", "1777")]),
             Instead::MessageQueues => filesystem(c"mqueue", &[]),
+            // /dev/ptmx finds its terminals in the `pts` beside it.
+            Instead::Terminals => filesystem(c"devpts", &[("mode", "0600"), ("ptmxmode", "0666")]),
         };
         layer(self.path.clone(), made)
     }
@@ -244,18 +249,36 @@ fn copy(path: PathBuf, write: Write) -> Result<Option<Layer>, Failure> {
     layer(path, layers::clone_tree(place, set)).map(Some)
 }
 
-/// Nomad's root process writes and rotates the logs; whoever could create a link there would write through it as root.
-fn close_logs(root: &TaskRoot) -> Result<(), Failure> {
+/// Nomad's root process writes and rotates the logs; whoever could create a link there would write through it as root. They
+/// lie at two paths: in the task's directory, and where Nomad opens them, which a job may have unveiled for writing.
+fn close_logs(root: &TaskRoot, outputs: &Stdio) -> Result<(), Failure> {
     let path = root.path("alloc/logs");
     let logs = root
         .beneath("alloc/logs", OFlags::DIRECTORY)
         .at_path(Step::View, &path)?;
-    layers::clone_tree(&logs, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY)
-        .and_then(|tree| layers::move_onto(&tree, &logs))
-        .at_path(Step::View, &path)
+    cover_read_only(&logs, &path)?;
+    let Stdio::Fifos { stdout, stderr } = outputs else {
+        return Ok(());
+    };
+    for pipe in [stdout, stderr] {
+        let backing = match stdio::open_log_directory(pipe) {
+            Ok(Some(directory)) => directory,
+            // Disabled, or hidden by a mask.
+            Ok(None) | Err(Errno::NOENT) => continue,
+            Err(errno) => return Err(errno).at_path(Step::View, pipe),
+        };
+        cover_read_only(&backing, pipe)?;
+    }
+    Ok(())
 }
 
-fn layer(path: PathBuf, tree: Result<rustix::fd::OwnedFd, Errno>) -> Result<Layer, Failure> {
+fn cover_read_only(place: &OwnedFd, path: &Path) -> Result<(), Failure> {
+    layers::clone_tree(place, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY)
+        .and_then(|tree| layers::move_onto(&tree, place))
+        .at_path(Step::View, path)
+}
+
+fn layer(path: PathBuf, tree: Result<OwnedFd, Errno>) -> Result<Layer, Failure> {
     let tree = tree.at_path(Step::View, &path)?;
     Ok(Layer {
         path,

@@ -30,12 +30,12 @@ pub(super) fn unshare() -> Result<(), Failure> {
     rustix::process::chdir("/").at(Step::Unshare)
 }
 
-/// Mounts of the host still arrive, and so do its unmounts: a private tree would pin every file system that the host wants
-/// to be rid of for as long as the task runs. Nothing goes the other way.
-pub(super) fn receive_mounts_only() -> Result<(), Failure> {
+/// Not a slave: what the host mounts later would arrive writable in the read-only view, another task's `alloc` with its logs
+/// among it. The price is that a file system which the host unmounts stays in use until the task ends.
+pub(super) fn cut_propagation() -> Result<(), Failure> {
     mount_change(
         "/",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )
     .at_path(Step::Propagation, "/")
 }

@@ -42,19 +42,34 @@ impl TaskRoot {
 
     /// An O_PATH descriptor of what is at `path` beneath the directory. A symbolic link anywhere in it is ELOOP.
     pub fn beneath(&self, path: impl AsRef<Path>, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let path = match path.as_ref() {
-            empty if empty.as_os_str().is_empty() => Path::new("."),
-            path => path,
-        };
-        open_without_links(&self.directory, path, flags, ResolveFlags::BENEATH)
+        open_without_links(
+            &self.directory,
+            non_empty(path.as_ref()),
+            flags,
+            ResolveFlags::BENEATH,
+        )
     }
 
-    /// An O_PATH descriptor of a place, with the rights of the calling process.
+    /// An O_PATH descriptor of a place, with the rights of the calling process. Links in the task's directory may have been
+    /// planted: one that leads out is EXDEV.
     pub fn open_place(&self, place: &Place, flags: OFlags) -> Result<OwnedFd, Errno> {
         match place {
-            Place::Task(path) => self.beneath(path, flags),
+            Place::Task(path) => open_beneath(
+                &self.directory,
+                non_empty(path),
+                flags,
+                ResolveFlags::BENEATH,
+            ),
             Place::Host(path) => open_host(path, flags),
         }
+    }
+}
+
+fn non_empty(path: &Path) -> &Path {
+    if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
     }
 }
 
@@ -81,13 +96,27 @@ pub(super) fn open_without_links(
     flags: OFlags,
     resolve: ResolveFlags,
 ) -> Result<OwnedFd, Errno> {
+    open_beneath(
+        directory,
+        path,
+        flags | OFlags::NOFOLLOW,
+        resolve | ResolveFlags::NO_SYMLINKS,
+    )
+}
+
+fn open_beneath(
+    directory: impl AsFd,
+    path: &Path,
+    flags: OFlags,
+    resolve: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
     loop {
         match openat2(
             &directory,
             path,
-            flags | OFlags::PATH | OFlags::CLOEXEC | OFlags::NOFOLLOW,
+            flags | OFlags::PATH | OFlags::CLOEXEC,
             Mode::empty(),
-            resolve | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS,
+            resolve | ResolveFlags::NO_MAGICLINKS,
         ) {
             // The kernel could not rule out an escape because something was renamed meanwhile.
             Err(Errno::AGAIN | Errno::INTR) => {}

@@ -43,11 +43,11 @@ pub(super) fn cut_bounding(bounding: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Drops all supplementary groups and takes `gid`.
-pub(super) fn set_groups(gid: u32) -> Result<(), Failure> {
-    let group = Gid::from_raw(gid);
+/// Drops all supplementary groups and takes these as real, effective and saved one.
+pub(super) fn set_groups(groups: [u32; 3]) -> Result<(), Failure> {
+    let [real, effective, saved] = groups.map(Gid::from_raw);
     set_thread_groups(&[]).at(Step::Groups)?;
-    set_thread_res_gid(group, group, group).at(Step::Groups)
+    set_thread_res_gid(real, effective, saved).at(Step::Groups)
 }
 
 /// Takes `uid`, keeping permitted capabilities for `keep_only` to choose from.

@@ -40,7 +40,7 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
     privileges::set_oom_score_adj(host_proc, order.oom_score_adj)
         .at_path(Step::OomScore, order.oom_score_adj.to_string())?;
     privileges::cut_bounding(order.bounding)?;
-    privileges::set_groups(order.gid)?;
+    privileges::set_groups([order.gid; 3])?;
     privileges::set_user(order.uid)?;
     privileges::leave_session_keyring()?;
     privileges::keep_only(order.uid, order.bounding, order.ambient)?;

@@ -58,7 +58,7 @@ impl Step {
         (Step::Unshare, "leave the host's mount and IPC namespaces"),
         (
             Step::Propagation,
-            "receive mounts from the host, send none to it",
+            "cut mount propagation, from the host and to it",
         ),
         (
             Step::View,

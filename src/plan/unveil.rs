@@ -64,7 +64,14 @@ pub enum ByTask {
 }
 
 /// The rules of one task, in the order operator, driver, task, defaults.
-pub fn rules(gate: Gate<'_>, by_task: &[String]) -> Result<Vec<Rule>, UnveilError> {
+///
+/// A path below `task_dir` counts as one of the task's own however it is written, as `${NOMAD_TASK_DIR}/data` for one: an
+/// earlier run may have planted links there, and they must not lead out.
+pub fn rules(
+    gate: Gate<'_>,
+    by_task: &[String],
+    task_dir: &Path,
+) -> Result<Vec<Rule>, UnveilError> {
     if !by_task.is_empty() && gate.by_task == ByTask::Refused {
         return Err(UnveilError::NotByTask);
     }
@@ -84,6 +91,13 @@ pub fn rules(gate: Gate<'_>, by_task: &[String]) -> Result<Vec<Rule>, UnveilErro
             access: letters(mode),
             source: Source::Default,
         }));
+    }
+    for rule in &mut rules {
+        if let Place::Host(path) = &rule.place
+            && let Ok(below) = path.strip_prefix(task_dir)
+        {
+            rule.place = Place::Task(below.to_owned());
+        }
     }
     Ok(rules)
 }
@@ -306,9 +320,10 @@ mod tests {
         defaults: Defaults::Veiled,
         by_task: ByTask::Allowed,
     };
+    const TASK_DIR: &str = "/m";
 
     fn of(entry: &str) -> Result<Rule, UnveilError> {
-        let rules = rules(OPEN, &[entry.to_owned()])?;
+        let rules = rules(OPEN, &[entry.to_owned()], TASK_DIR.as_ref())?;
         Ok(rules
             .into_iter()
             .find(|rule| rule.source == Source::Task)
@@ -337,6 +352,23 @@ mod tests {
             of("r:local/x").unwrap().place,
             Place::Task("local/x".into())
         );
+    }
+
+    #[test]
+    fn a_path_of_the_tasks_directory_is_the_tasks_however_it_is_written() {
+        for (entry, place) in [
+            ("r:/m/local/x", Place::Task("local/x".into())),
+            (
+                "r:/m//local/../../etc",
+                Place::Task("local/../../etc".into()),
+            ),
+            ("r:/m", Place::Task("".into())),
+            ("r:/mm/x", Place::Host("/mm/x".into())),
+        ] {
+            assert_eq!(of(entry).unwrap().place, place);
+        }
+        let rules = rules(OPEN, &["rwc:/m/local".to_owned()], TASK_DIR.as_ref()).unwrap();
+        assert_eq!(view(&rules, 0).writable, Vec::<PathBuf>::new());
     }
 
     #[test]
@@ -371,17 +403,17 @@ mod tests {
             ..OPEN
         };
         assert_eq!(
-            rules(gate, &["r:/x".to_owned()]),
+            rules(gate, &["r:/x".to_owned()], TASK_DIR.as_ref()),
             Err(UnveilError::NotByTask)
         );
-        assert!(rules(gate, &[]).is_ok());
+        assert!(rules(gate, &[], TASK_DIR.as_ref()).is_ok());
     }
 
     #[test]
     fn ten_thousand_entries_are_refused() {
         let many = vec!["r:/x".to_owned(); 10_000];
         assert_eq!(
-            rules(OPEN, &many),
+            rules(OPEN, &many, TASK_DIR.as_ref()),
             Err(UnveilError::TooMany {
                 key: "unveil",
                 count: 10_000
@@ -391,7 +423,7 @@ mod tests {
 
     #[test]
     fn the_tasks_own_directories_are_open_without_the_defaults() {
-        let rules = rules(OPEN, &[]).unwrap();
+        let rules = rules(OPEN, &[], TASK_DIR.as_ref()).unwrap();
         let places: Vec<_> = rules.iter().map(|rule| rule.place.clone()).collect();
         for dir in ["local", "alloc", "secrets", "tmp"] {
             assert!(places.contains(&Place::Task(dir.into())), "{dir}");
@@ -425,7 +457,7 @@ mod tests {
     #[test]
     fn what_is_unveiled_for_writing_stays_writable_and_nothing_else() {
         let entries = ["rwc:/srv/data", "rx:/opt", "w:/var/log/x.log"].map(str::to_owned);
-        let view = view(&rules(OPEN, &entries).unwrap(), 80_001);
+        let view = view(&rules(OPEN, &entries, TASK_DIR.as_ref()).unwrap(), 80_001);
         assert_eq!(
             view.writable,
             [PathBuf::from("/srv/data"), PathBuf::from("/var/log/x.log")]
@@ -435,7 +467,13 @@ mod tests {
 
     #[test]
     fn a_socket_of_a_manager_comes_back_only_when_unveiled_for_writing() {
-        let kept = |entry: &str| view(&rules(OPEN, &[entry.to_owned()]).unwrap(), 0).kept;
+        let kept = |entry: &str| {
+            view(
+                &rules(OPEN, &[entry.to_owned()], TASK_DIR.as_ref()).unwrap(),
+                0,
+            )
+            .kept
+        };
         assert_eq!(kept("r:/run/dbus"), Vec::<PathBuf>::new());
         assert_eq!(kept("r:/run"), Vec::<PathBuf>::new());
         assert_eq!(kept("r:/var/run/systemd/private"), Vec::<PathBuf>::new());
@@ -450,11 +488,19 @@ mod tests {
     #[test]
     fn the_whole_tree_is_left_alone_only_for_a_task_that_may_write_all_of_it() {
         assert_eq!(
-            view(&rules(OPEN, &["rw:/".to_owned()]).unwrap(), 0).tree,
+            view(
+                &rules(OPEN, &["rw:/".to_owned()], TASK_DIR.as_ref()).unwrap(),
+                0
+            )
+            .tree,
             Tree::AsIs
         );
         assert_eq!(
-            view(&rules(OPEN, &["rx:/".to_owned()]).unwrap(), 0).tree,
+            view(
+                &rules(OPEN, &["rx:/".to_owned()], TASK_DIR.as_ref()).unwrap(),
+                0
+            )
+            .tree,
             Tree::ReadOnly
         );
     }
