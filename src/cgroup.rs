@@ -55,6 +55,12 @@ impl Cgroup {
         &self.path
     }
 
+    /// Its path below the root of the hierarchy, as /proc/PID/cgroup shows it.
+    pub fn path_in_hierarchy(&self) -> String {
+        let below = self.path.strip_prefix(ROOT).unwrap_or(&self.path);
+        format!("/{}", below.display())
+    }
+
     /// The name of the unit that owns the cgroup: its last component, for a scope.
     pub fn unit(&self) -> Option<&str> {
         self.path.file_name()?.to_str()

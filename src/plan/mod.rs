@@ -63,6 +63,10 @@ pub enum PlanError {
         "oom_score_adj = {0}: must be 0 to 1000; a task may volunteer to be killed first, not hide from the kernel"
     )]
     OomScore(i16),
+    #[error(
+        "network: Nomad names no namespace for a task that must not share the host's; stop the allocation, so that Nomad makes its network anew"
+    )]
+    NoNetwork,
     #[error(transparent)]
     Limit(#[from] LimitError),
     #[error(transparent)]
@@ -79,7 +83,7 @@ impl Plan {
         facts: &Facts,
     ) -> Result<Self, PlanError> {
         let options = &request.options;
-        let rules = unveil::rules(gate(config), &options.unveil)?;
+        let rules = unveil::rules(gate(config), &options.unveil, &facts.task_dir.path)?;
         let limits = Limits::new(&request.resources, facts.compute, facts.grain)?;
         let uid = facts.account.uid;
         let slice = if limits.allowed_cpus.is_some() {
@@ -97,7 +101,7 @@ impl Plan {
             oom_score_adj: oom_score_adj(options)?,
             bounding: capabilities::bounding(request.network_namespace.is_some()),
             ambient: 0,
-            network_namespace: request.network_namespace.clone(),
+            network_namespace: network_namespace(request)?,
             stdio: stdio(&request.stdout_path, &request.stderr_path),
             task_dir: facts.task_dir.clone(),
             view: unveil::view(&rules, uid),
@@ -128,6 +132,14 @@ fn gate(config: &PluginConfig) -> Gate<'_> {
         } else {
             ByTask::Refused
         },
+    }
+}
+
+/// Fails closed: without a namespace to join, a task would have the host's network.
+fn network_namespace(request: &TaskRequest) -> Result<Option<PathBuf>, PlanError> {
+    match &request.network_namespace {
+        Some(path) if path.as_os_str().is_empty() => Err(PlanError::NoNetwork),
+        namespace => Ok(namespace.clone()),
     }
 }
 
@@ -190,5 +202,162 @@ fn no_nul(key: &'static str, text: &str) -> Result<(), PlanError> {
         Err(PlanError::Nul { key })
     } else {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::task::types::{Names, TaskId};
+
+    fn request() -> TaskRequest {
+        TaskRequest {
+            id: TaskId::new("0a1b2c3d-1111-2222-3333-444455556666/web/deadbeef"),
+            options: TaskOptions {
+                command: "env".into(),
+                ..TaskOptions::default()
+            },
+            names: Names {
+                task: "web".into(),
+                group: "g".into(),
+                job: "j".into(),
+                alloc_id: "0a1b2c3d-1111-2222-3333-444455556666".into(),
+                namespace: "default".into(),
+                ..Names::default()
+            },
+            env: BTreeMap::from([("A".into(), "b".into()), ("LD_PRELOAD".into(), "x".into())]),
+            device_env: BTreeMap::new(),
+            user: "nomad-80001".into(),
+            alloc_dir: "/d/alloc/0a1b2c3d".into(),
+            stdout_path: "/d/alloc/0a1b2c3d/alloc/logs/.web.stdout.fifo".into(),
+            stderr_path: "/d/alloc/0a1b2c3d/alloc/logs/.web.stderr.fifo".into(),
+            resources: limits::Resources {
+                cpu_mhz: 500,
+                memory_mib: 64,
+                ..limits::Resources::default()
+            },
+            nomad_cgroup: "".into(),
+            network_namespace: None,
+            dns: None,
+            mounts: Vec::new(),
+            devices: Vec::new(),
+        }
+    }
+
+    fn facts() -> Facts {
+        Facts {
+            account: Account {
+                name: "nomad-80001".into(),
+                uid: 80_001,
+                gid: 80_001,
+                home: "/nonexistent".into(),
+            },
+            task_dir: TaskDir {
+                path: "/m".into(),
+                device: 1,
+                inode: 2,
+            },
+            compute: Some(Compute {
+                total_mhz: 4_000,
+                cores: 4,
+            }),
+            grain: QuotaGrain::Fine,
+            agent_unit: Some("nomad.service".into()),
+            open_files: (1024, 4096),
+        }
+    }
+
+    fn plan(request: &TaskRequest) -> Result<Plan, PlanError> {
+        Plan::new(&PluginConfig::default(), request, &facts())
+    }
+
+    #[test]
+    fn a_plan_says_everything_that_will_happen() {
+        let plan = plan(&request()).unwrap();
+        assert_eq!(plan.unit.as_str(), "exec2-web-0a1b2c3d-deadbeef.scope");
+        assert_eq!(plan.slice, unit::SHARE_SLICE);
+        assert_eq!(plan.before.as_deref(), Some("nomad.service"));
+        assert_eq!(plan.limits.cpu_quota_usec_per_sec, 500_000);
+        assert_eq!(plan.limits.memory_max_bytes, Some(64 << 20));
+        let order = plan.order;
+        assert_eq!(
+            (order.uid, order.gid, order.oom_score_adj),
+            (80_001, 80_001, 0)
+        );
+        let of = |name: &str| order.env.iter().find(|(key, _)| key == name);
+        assert_eq!(of("TMPDIR").unwrap().1, "/m/tmp");
+        assert_eq!(of("USER").unwrap().1, "nomad-80001");
+        assert_eq!(of("LD_PRELOAD"), None);
+        assert_eq!(order.open_files, (1024, 4096));
+        assert!(matches!(order.stdio, Stdio::Fifos { .. }));
+    }
+
+    #[test]
+    fn one_request_has_one_plan() {
+        assert_eq!(plan(&request()).unwrap(), plan(&request()).unwrap());
+    }
+
+    #[test]
+    fn a_task_with_cores_has_its_cpus_in_the_slice_of_those() {
+        let mut request = request();
+        request.resources.cpuset = "2-3".into();
+        let plan = plan(&request).unwrap();
+        assert_eq!(plan.slice, unit::RESERVE_SLICE);
+        assert_eq!(plan.limits.allowed_cpus, Some([2, 3].into()));
+    }
+
+    #[test]
+    fn a_network_of_its_own_may_be_administered_by_its_root_and_the_hosts_may_not() {
+        const NET_ADMIN: u64 = 1 << 12;
+        let mut request = request();
+        assert_eq!(plan(&request).unwrap().order.bounding & NET_ADMIN, 0);
+        request.network_namespace = Some("/run/netns/x".into());
+        assert_eq!(
+            plan(&request).unwrap().order.bounding & NET_ADMIN,
+            NET_ADMIN
+        );
+    }
+
+    #[test]
+    fn a_mistake_is_a_sentence_and_no_plan() {
+        let wrong = |change: &dyn Fn(&mut TaskRequest)| {
+            let mut request = request();
+            change(&mut request);
+            plan(&request).unwrap_err().to_string()
+        };
+        let cases = [
+            (wrong(&|r| r.options.command.clear()), "command must be set"),
+            (
+                wrong(&|r| r.options.args = vec!["a\0".into()]),
+                "args contains a NUL byte",
+            ),
+            (
+                wrong(&|r| r.options.args = vec![String::new(); MAX_ARGS + 1]),
+                "args has 10001 entries",
+            ),
+            (
+                wrong(&|r| r.options.oom_score_adj = -1),
+                "oom_score_adj = -1: must be 0 to 1000",
+            ),
+            (
+                wrong(&|r| drop(r.env.insert("X".into(), "\0".into()))),
+                "env contains a NUL byte",
+            ),
+            (
+                wrong(&|r| r.options.unveil = vec!["r:/srv".into()]),
+                "task set unveil paths but driver config does not allow this",
+            ),
+            (
+                wrong(&|r| r.network_namespace = Some("".into())),
+                "network: Nomad names no namespace",
+            ),
+            (wrong(&|r| r.resources.cpu_mhz = 0), "cpu = 0"),
+            (wrong(&|r| r.resources.memory_mib = 0), "memory = 0"),
+        ];
+        for (sentence, start) in cases {
+            assert!(sentence.starts_with(start), "{sentence}");
+        }
     }
 }

@@ -77,7 +77,7 @@ pub fn request(task: wire::TaskConfig, options: TaskOptions) -> TaskRequest {
         ),
         network_namespace: task
             .network_isolation_spec
-            .filter(|spec| spec.mode() != NetworkIsolationMode::Host && !spec.path.is_empty())
+            .filter(|spec| spec.mode() != NetworkIsolationMode::Host)
             .map(|spec| spec.path.into()),
         dns: task.dns.map(|dns| Dns {
             servers: dns.servers,

@@ -39,6 +39,12 @@ pub enum SystemdError {
         unit: String,
         reason: String,
     },
+    #[error("systemd has no room for {call} of {unit} right now: {reason}")]
+    Busy {
+        call: &'static str,
+        unit: String,
+        reason: String,
+    },
     #[error(
         "systemd could not start {unit}: its job ended as {result:?} (see journalctl -u {unit})"
     )]
@@ -49,11 +55,18 @@ impl SystemdError {
     /// Whether the same call may go through a little later.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::NoBus(_) | Self::TimedOut { .. } | Self::JobFailed { .. } | Self::Exists(_) => {
-                true
-            }
+            Self::NoBus(_)
+            | Self::TimedOut { .. }
+            | Self::Busy { .. }
+            | Self::JobFailed { .. }
+            | Self::Exists(_) => true,
             Self::Refused { .. } => false,
         }
+    }
+
+    /// Whether systemd may have done what it was asked to all the same.
+    pub fn is_unanswered(&self) -> bool {
+        matches!(self, Self::NoBus(_) | Self::TimedOut { .. })
     }
 }
 
@@ -77,8 +90,9 @@ pub struct Systemd {
 #[derive(Debug)]
 struct Bus {
     manager: ManagerProxy<'static>,
-    /// Every job that ends. Subscribed to before a call, so that no job can end unseen.
-    jobs: broadcast::Sender<JobRemoved>,
+    /// Every job that ends. Subscribed to before a call, so that no job can end unseen. The reader alone holds the sender, so
+    /// that whoever waits learns of its end.
+    jobs: broadcast::WeakSender<JobRemoved>,
     reader: tokio::task::AbortHandle,
 }
 
@@ -131,7 +145,7 @@ impl Systemd {
         let _turn = self.calls.acquire().await;
         let bus = self.bus().await?;
         let unit = scope.name;
-        let mut jobs = bus.jobs.subscribe();
+        let mut jobs = bus.jobs()?;
         let job = loop {
             let unknown = self.unknown().clone();
             let properties = scope.properties(&unknown);
@@ -159,15 +173,11 @@ impl Systemd {
                 Err(error) => return Err(error),
             }
         };
-        match ended(&mut jobs, &job).await {
-            Some(result) if result == "done" => Ok(()),
-            Some(result) => Err(SystemdError::JobFailed {
+        match ended(&mut jobs, &job, "StartTransientUnit", unit).await? {
+            result if result == "done" => Ok(()),
+            result => Err(SystemdError::JobFailed {
                 unit: unit.clone(),
                 result,
-            }),
-            None => Err(SystemdError::TimedOut {
-                call: "StartTransientUnit",
-                unit: unit.to_string(),
             }),
         }
     }
@@ -176,20 +186,26 @@ impl Systemd {
     pub async fn stop(&self, unit: &UnitName) -> Result<(), SystemdError> {
         let _turn = self.calls.acquire().await;
         let bus = self.bus().await?;
-        let mut jobs = bus.jobs.subscribe();
+        let mut jobs = bus.jobs()?;
         let stopped = bus.manager.stop_unit(unit.as_str(), "replace");
         match self.call(&bus, "StopUnit", unit.as_str(), stopped).await {
-            Ok(job) => {
-                ended(&mut jobs, &job)
-                    .await
-                    .ok_or_else(|| SystemdError::TimedOut {
-                        call: "StopUnit",
-                        unit: unit.to_string(),
-                    })?;
-                Ok(())
-            }
+            Ok(job) => ended(&mut jobs, &job, "StopUnit", unit).await.map(drop),
             Err(SystemdError::Refused { reason, .. }) if reason.contains("not loaded") => Ok(()),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Lets a failed unit go, so that its name is free; one that is not there is not failed.
+    pub async fn reset_failed(&self, unit: &UnitName) -> Result<(), SystemdError> {
+        let _turn = self.calls.acquire().await;
+        let bus = self.bus().await?;
+        let reset = bus.manager.reset_failed_unit(unit.as_str());
+        match self
+            .call(&bus, "ResetFailedUnit", unit.as_str(), reset)
+            .await
+        {
+            Err(SystemdError::Refused { reason, .. }) if reason.contains("not loaded") => Ok(()),
+            answer => answer,
         }
     }
 
@@ -242,11 +258,12 @@ impl Systemd {
             Ok(Err(error)) => Some(error),
             Err(_) => None,
         };
-        if let Some(reason) = error.as_ref().and_then(answered) {
-            return Err(SystemdError::Refused {
-                call,
-                unit: unit.to_owned(),
-                reason,
+        if let Some(Answer { name, reason }) = error.as_ref().and_then(Answer::of) {
+            let unit = unit.to_owned();
+            return Err(if is_passing(&name) {
+                SystemdError::Busy { call, unit, reason }
+            } else {
+                SystemdError::Refused { call, unit, reason }
             });
         }
         self.forget(bus).await;
@@ -274,21 +291,50 @@ impl Systemd {
     }
 }
 
-/// systemd's words, if the error is an answer of its own. zbus has a variant of its own for the names that D-Bus defines,
-/// and systemd uses those too: PropertyReadOnly is its word for a property that it does not know.
-fn answered(error: &zbus::Error) -> Option<String> {
-    let (name, reason) = match error {
-        zbus::Error::MethodError(name, reason, _) => (name.to_string(), reason.clone()),
-        zbus::Error::FDO(error) => match error.as_ref() {
-            zbus::fdo::Error::ZBus(_) => return None,
-            error => (
-                error.name().to_string(),
-                error.description().map(str::to_owned),
-            ),
-        },
-        _ => return None,
-    };
-    (!is_of_the_bus(&name)).then(|| reason.unwrap_or(name))
+/// An error that is an answer of systemd's own.
+#[derive(Debug, PartialEq, Eq)]
+struct Answer {
+    /// The D-Bus name of the error.
+    name: String,
+    reason: String,
+}
+
+impl Answer {
+    /// zbus has a variant of its own for the names that D-Bus defines, and systemd uses those too: PropertyReadOnly is its
+    /// word for a property that it does not know.
+    fn of(error: &zbus::Error) -> Option<Answer> {
+        let (name, reason) = match error {
+            zbus::Error::MethodError(name, reason, _) => (name.to_string(), reason.clone()),
+            zbus::Error::FDO(error) => match error.as_ref() {
+                zbus::fdo::Error::ZBus(_) => return None,
+                error => (
+                    error.name().to_string(),
+                    error.description().map(str::to_owned),
+                ),
+            },
+            _ => return None,
+        };
+        (!is_of_the_bus(&name)).then(|| Answer {
+            reason: reason.unwrap_or_else(|| name.clone()),
+            name,
+        })
+    }
+}
+
+/// Errors that say no more than "not now": a limit of the bus, or one of systemd's own that has an errno for its name.
+fn is_passing(name: &str) -> bool {
+    [
+        "org.freedesktop.DBus.Error.LimitsExceeded",
+        "org.freedesktop.DBus.Error.NoMemory",
+        "System.Error.EAGAIN",
+        "System.Error.EBUSY",
+        "System.Error.EMFILE",
+        "System.Error.ENFILE",
+        "System.Error.ENOBUFS",
+        "System.Error.ENOMEM",
+        "System.Error.ENOSPC",
+    ]
+    .contains(&name)
 }
 
 /// Errors of the bus itself, not of systemd: whether the call was carried out is not known.
@@ -316,8 +362,8 @@ impl Bus {
             .build()
             .await?;
         let mut removed = manager.receive_job_removed().await?;
-        let (jobs, _) = broadcast::channel(1024);
-        let sender = jobs.clone();
+        let (sender, _) = broadcast::channel(1024);
+        let jobs = sender.downgrade();
         let reader = tokio::spawn(async move {
             while let Some(signal) = removed.next().await {
                 if let Ok(args) = signal.args() {
@@ -335,33 +381,57 @@ impl Bus {
             reader: reader.abort_handle(),
         })
     }
+
+    fn jobs(&self) -> Result<broadcast::Receiver<JobRemoved>, SystemdError> {
+        let sender = self.jobs.upgrade();
+        sender.map(|sender| sender.subscribe()).ok_or_else(gone)
+    }
 }
 
-/// The result of a job, or `None` if it does not end in time or the bus is lost.
+fn gone() -> SystemdError {
+    SystemdError::NoBus(zbus::Error::InputOutput(Arc::new(
+        std::io::ErrorKind::ConnectionReset.into(),
+    )))
+}
+
+/// The result of a job. An error if its end was not seen: the caller looks whether it did what it was for.
 async fn ended(
     jobs: &mut broadcast::Receiver<JobRemoved>,
     job: &OwnedObjectPath,
-) -> Option<String> {
+    call: &'static str,
+    unit: &UnitName,
+) -> Result<String, SystemdError> {
+    let missed = || SystemdError::TimedOut {
+        call,
+        unit: unit.to_string(),
+    };
     let wait = async {
         loop {
             match jobs.recv().await {
-                Ok(removed) if removed.job == *job => return Some(removed.result),
-                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return None,
+                Ok(removed) if removed.job == *job => return Ok(removed.result),
+                Ok(_) => {}
+                // This one may be among those that were dropped.
+                Err(broadcast::error::RecvError::Lagged(_)) => return Err(missed()),
+                Err(broadcast::error::RecvError::Closed) => return Err(gone()),
             }
         }
     };
-    timeout(PATIENCE, wait).await.ok().flatten()
+    timeout(PATIENCE, wait)
+        .await
+        .unwrap_or_else(|_| Err(missed()))
 }
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use zbus::fdo;
 
     #[test]
     fn an_answer_of_systemds_is_told_from_an_error_of_the_bus() {
-        let of = |error: fdo::Error| answered(&zbus::Error::FDO(Box::new(error)));
+        let of = |error: fdo::Error| {
+            Answer::of(&zbus::Error::FDO(Box::new(error))).map(|answer| answer.reason)
+        };
         let unknown = "Cannot set property PIDFDs, or unknown property.";
         assert_eq!(
             of(fdo::Error::PropertyReadOnly(unknown.into())).as_deref(),
@@ -370,6 +440,15 @@ mod tests {
         assert_eq!(of(fdo::Error::NoReply("late".into())), None);
         assert_eq!(of(fdo::Error::ServiceUnknown("none".into())), None);
         assert_eq!(of(fdo::Error::ZBus(zbus::Error::InvalidReply)), None);
-        assert_eq!(answered(&zbus::Error::InvalidReply), None);
+        assert_eq!(Answer::of(&zbus::Error::InvalidReply), None);
+    }
+
+    #[test]
+    fn a_full_bus_is_a_passing_trouble_and_a_refusal_is_not() {
+        let full = zbus::Error::FDO(Box::new(fdo::Error::LimitsExceeded("full".into())));
+        let denied = zbus::Error::FDO(Box::new(fdo::Error::AccessDenied("no".into())));
+        let is_passing = |error| is_passing(&Answer::of(error).unwrap().name);
+        assert!(is_passing(&full));
+        assert!(!is_passing(&denied));
     }
 }

@@ -21,6 +21,13 @@ pub enum DirError {
         alloc_dir: PathBuf,
     },
     #[error(
+        "{variable} = {value:?} does not exist: after a reboot of the host Nomad does not mount an allocation's directories again; `nomad alloc stop` the allocation, and Nomad places a new one"
+    )]
+    Gone {
+        variable: &'static str,
+        value: String,
+    },
+    #[error(
         "the task's directories below {0:?} are missing: no directory holds its local, alloc and secrets"
     )]
     Missing(PathBuf),
@@ -41,8 +48,14 @@ pub fn find(
 ) -> Result<(TaskDir, u32), DirError> {
     for (variable, child) in VARIABLES {
         if let Some(value) = env.get(variable) {
-            let real = same(Path::new(value), &backing(alloc_dir, task, child));
-            if !real {
+            let is_real = same(Path::new(value), &backing(alloc_dir, task, child));
+            if !is_real && value.starts_with('/') && !Path::new(value).exists() {
+                return Err(DirError::Gone {
+                    variable,
+                    value: value.clone(),
+                });
+            }
+            if !is_real {
                 return Err(DirError::Foreign {
                     variable,
                     value: value.clone(),

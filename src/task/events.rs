@@ -4,41 +4,56 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use super::table::{Ended, Task, TaskTable};
-use super::types::{Names, TaskEvent, TaskId, TaskRequest};
+use super::types::{Names, Severity, TaskEvent, TaskId, TaskRequest};
 use crate::plan::unit::UnitName;
 
 impl TaskTable {
     pub(super) fn tell_start(&self, task: &Task) {
-        self.publish(task, format!("Started in {}", task.unit));
+        let message = format!("Started in {}", task.unit);
+        self.send(&task.id, &task.names, &task.unit, Severity::Info, message);
     }
 
     pub(super) fn tell_end(&self, task: &Task, ended: &Ended) {
         if ended.result.oom_killed {
-            self.publish(
-                task,
-                format!(
-                    "{} was killed by the kernel: it reached its memory limit",
-                    task.unit
-                ),
+            let message = format!(
+                "{} was ended by the kernel's OOM killer: it reached its memory limit, or the host had none left",
+                task.unit
+            );
+            self.send(
+                &task.id,
+                &task.names,
+                &task.unit,
+                Severity::Warning,
+                message,
             );
         }
     }
 
     /// About a task that is being started.
-    pub(super) fn tell(&self, request: &TaskRequest, unit: &UnitName, message: String) {
-        self.send(&request.id, &request.names, unit, message);
+    pub(super) fn warn(&self, request: &TaskRequest, unit: &UnitName, message: String) {
+        self.send(
+            &request.id,
+            &request.names,
+            unit,
+            Severity::Warning,
+            message,
+        );
     }
 
-    fn publish(&self, task: &Task, message: String) {
-        self.send(&task.id, &task.names, &task.unit, message);
-    }
-
-    fn send(&self, id: &TaskId, names: &Names, unit: &UnitName, message: String) {
+    fn send(
+        &self,
+        id: &TaskId,
+        names: &Names,
+        unit: &UnitName,
+        severity: Severity,
+        message: String,
+    ) {
         let event = TaskEvent {
             task_id: id.clone(),
             alloc_id: names.alloc_id.clone(),
             task_name: names.task.clone(),
             at: SystemTime::now(),
+            severity,
             message,
             annotations: BTreeMap::from([("unit".to_owned(), unit.to_string())]),
         };

@@ -2,6 +2,7 @@
 //! same process of the same boot is touched.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::sync::watch;
@@ -63,6 +64,7 @@ fn revive(request: &TaskRequest, state: &DriverState) -> Result<Task, DriverErro
         main: state.main,
         main_pidfd: open(state.main),
         supervisor_pidfd,
+        is_killed: AtomicBool::new(false),
         exit: watch::Sender::new(None),
         unit,
     };

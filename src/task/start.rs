@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::Interest;
@@ -16,9 +17,9 @@ use super::dir;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::table::{Task, TaskTable, create_record, lock, record_path, remove_record, send};
 use super::types::{DriverError, Saved, TaskRequest};
-use crate::cgroup::{self, Cgroup};
+use crate::cgroup::Cgroup;
 use crate::host;
-use crate::launch::report::{self, Message};
+use crate::launch::report::{self, Failure, Message};
 use crate::launch::{self, Parked};
 use crate::plan::steps::{Stdio, TaskDir};
 use crate::plan::{Facts, Plan, signal};
@@ -29,6 +30,11 @@ use crate::users::{self, Account, UserError};
 
 /// How long the helper may take for one of its halves: paths of a hung NFS server stall it, and must stall nothing else.
 const HELPER_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a killed helper may take to end before the start goes on without it; it is reaped whenever it does.
+const AFTER_KILL: Duration = Duration::from_secs(2);
+/// How often, and after which pause, the helper's cgroup is looked at where systemd's answer was lost.
+const LOST_ANSWER_PAUSES: u32 = 100;
+const LOST_ANSWER_PAUSE: Duration = Duration::from_millis(20);
 /// How long a user or a directory may take to be looked up.
 const LOOK_UP_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -131,31 +137,35 @@ impl TaskTable {
         let released = async {
             let scope = helper.scope(plan);
             let (started, parked) = tokio::join!(self.shared.systemd.start(&scope), helper.next());
-            let started = match (started, &parked) {
-                // Not before the helper has opened the log pipes: their reader leaves with the last writer.
-                (Err(SystemdError::Exists(_)), Ok((Message::Parked, _))) => {
-                    self.replace(&scope).await
-                }
-                (started, _) => started,
-            };
-            match (started, parked?) {
-                (Err(error), _) => return Err(refused(error)),
-                (Ok(()), (Message::Parked, _)) => {}
-                (Ok(()), (Message::Failed(failure), _)) => {
-                    return Err(DriverError::Permanent(failure.to_string()));
-                }
-                (Ok(()), (Message::Started, _)) => {
+            // A helper that failed comes first: systemd then says no more than that there was no process.
+            match parked? {
+                (Message::Parked, _) => {}
+                (Message::Failed(failure), _) => return Err(failed(&failure)),
+                (Message::Started, _) => {
                     return Err(DriverError::Permanent(
                         "the helper started before it was released".into(),
                     ));
                 }
             }
+            let started = match started {
+                // Not before the helper has opened the log pipes: their reader leaves with the last writer.
+                Err(SystemdError::Exists(_)) => self.replace(&scope).await,
+                started => started,
+            };
+            let cgroup = self.entered(&helper, plan, started).await?;
+            // While the helper holds it: the cgroup of a command that ends at once is gone before anything else is done.
+            let differences = differences(plan, &cgroup);
             report::release(&helper.parked.control).map_err(|error| {
                 DriverError::Permanent(format!("the helper cannot be released: {error}"))
             })?;
             match helper.next().await? {
-                (Message::Started, Some(main)) => self.assemble(request, plan, &helper, main),
-                (Message::Failed(failure), _) => Err(DriverError::Permanent(failure.to_string())),
+                (Message::Started, Some(main)) => {
+                    for difference in differences {
+                        self.warn(request, &plan.unit, difference);
+                    }
+                    assemble(request, plan, &helper, cgroup, main)
+                }
+                (Message::Failed(failure), _) => Err(failed(&failure)),
                 _ => Err(DriverError::Permanent(
                     "the helper answered out of turn".into(),
                 )),
@@ -207,76 +217,116 @@ impl TaskTable {
             warn!(unit = %scope.name, "cgroup.kill: {error}");
         }
         self.shared.systemd.stop(scope.name).await?;
+        self.shared.systemd.reset_failed(scope.name).await?;
         self.shared.systemd.start(scope).await
     }
 
-    fn assemble(
+    /// The scope's cgroup, once the parked helper is in it: seen in /proc, whatever systemd said. Its answer may be lost with
+    /// the bus although it did what it was asked to. Looked at before the release, as the cgroup of a short command may be gone
+    /// a moment after it.
+    async fn entered(
         &self,
-        request: &TaskRequest,
-        plan: &Plan,
         helper: &Helper,
-        main: OwnedFd,
-    ) -> Result<(Task, DriverState), DriverError> {
-        let lost = |what: &str| {
-            DriverError::Permanent(format!(
-                "{what} of {} ended before it could be looked at",
-                plan.unit
-            ))
+        plan: &Plan,
+        started: Result<(), SystemdError>,
+    ) -> Result<Cgroup, DriverError> {
+        let pid = helper.parked.pid.unsigned_abs();
+        let is_inside = || {
+            let cgroup = Cgroup::of_process(pid).ok()?;
+            (cgroup.unit() == Some(plan.unit.as_str())).then_some(cgroup)
         };
-        let supervisor = Process::of_pid(helper.parked.pid.unsigned_abs())
-            .ok_or_else(|| lost("the supervisor"))?;
-        let text = std::fs::read_to_string(format!("/proc/{}/cgroup", supervisor.pid))
-            .map_err(|_| lost("the supervisor"))?;
-        let cgroup_path = cgroup::unified(&text).ok_or_else(|| lost("the cgroup"))?;
-        let cgroup = Cgroup::at(cgroup_path);
-        if cgroup.unit() != Some(plan.unit.as_str()) {
-            return Err(DriverError::Permanent(format!(
-                "the helper is in {cgroup_path}, not in {}",
-                plan.unit
-            )));
+        match started {
+            Ok(()) => is_inside().ok_or_else(|| {
+                DriverError::Permanent(format!(
+                    "systemd started {}, but the helper is not in it",
+                    plan.unit
+                ))
+            }),
+            Err(error) if error.is_unanswered() => {
+                let known = self.shared.systemd.knows(&plan.unit).await;
+                let pauses = if matches!(known, Ok(true)) {
+                    LOST_ANSWER_PAUSES
+                } else {
+                    0
+                };
+                for _ in 0..pauses {
+                    if is_inside().is_some() {
+                        break;
+                    }
+                    tokio::time::sleep(LOST_ANSWER_PAUSE).await;
+                }
+                is_inside().ok_or_else(|| refused(error))
+            }
+            Err(error) => Err(refused(error)),
         }
-        self.compare_limits(request, plan, &cgroup);
-        // A command that ended at once has left no pid; its record has the result.
-        let main_process = Process::of_pidfd(main.as_fd());
-        let main_process = main_process.unwrap_or(Process {
-            pid: 0,
-            start_ticks: 0,
-        });
-        let started_at = SystemTime::now();
-        let state = DriverState {
-            unit: plan.unit.to_string(),
-            cgroup: cgroup_path.to_owned(),
-            invocation_id: invocation_id(plan.unit.as_str()),
-            boot_id: boot_id(),
-            supervisor,
-            main: main_process,
-            record: record_path(&plan.unit),
-            started_unix_nanos: started_at
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
-        };
-        debug!(task_id = %UnitText::new(request.id.as_str()), unit = %plan.unit, pid = main_process.pid, "task started");
-        let task = Task {
-            id: request.id.clone(),
-            names: request.names.clone(),
-            unit: plan.unit.clone(),
-            cgroup,
-            started_at,
-            main: main_process,
-            main_pidfd: Some(main),
-            supervisor_pidfd: None,
-            exit: watch::Sender::new(None),
-        };
-        Ok((task, state))
     }
+}
 
-    /// Limits are read back, because an operator's drop-in may win over the call, and a controller may be missing.
-    fn compare_limits(&self, request: &TaskRequest, plan: &Plan, cgroup: &Cgroup) {
-        let memory = cgroup.memory_max_bytes();
-        let cpu = cgroup.cpu_quota_usec_per_sec();
-        for difference in plan.limits.differences(memory, cpu) {
-            self.tell(request, &plan.unit, difference);
-        }
+/// Limits are read back, because an operator's drop-in may win over the call, and a controller may be missing.
+fn differences(plan: &Plan, cgroup: &Cgroup) -> Vec<String> {
+    plan.limits
+        .differences(cgroup.memory_max_bytes(), cgroup.cpu_quota_usec_per_sec())
+}
+
+fn assemble(
+    request: &TaskRequest,
+    plan: &Plan,
+    helper: &Helper,
+    cgroup: Cgroup,
+    main: OwnedFd,
+) -> Result<(Task, DriverState), DriverError> {
+    // Ours to reap, so it is there even if the command has already ended.
+    let supervisor = Process::of_pid(helper.parked.pid.unsigned_abs()).ok_or_else(|| {
+        DriverError::Permanent(format!("the supervisor of {} is not in /proc", plan.unit))
+    })?;
+    // A command that ended at once has left no pid; its record has the result.
+    let main_process = Process::of_pidfd(main.as_fd());
+    let main_process = main_process.unwrap_or(Process {
+        pid: 0,
+        start_ticks: 0,
+    });
+    let started_at = SystemTime::now();
+    let state = DriverState {
+        unit: plan.unit.to_string(),
+        cgroup: cgroup.path_in_hierarchy(),
+        invocation_id: invocation_id(plan.unit.as_str()),
+        boot_id: boot_id(),
+        supervisor,
+        main: main_process,
+        record: record_path(&plan.unit),
+        started_unix_nanos: started_at
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
+    };
+    debug!(task_id = %UnitText::new(request.id.as_str()), unit = %plan.unit, pid = main_process.pid, "task started");
+    let task = Task {
+        id: request.id.clone(),
+        names: request.names.clone(),
+        unit: plan.unit.clone(),
+        cgroup,
+        started_at,
+        main: main_process,
+        main_pidfd: Some(main),
+        supervisor_pidfd: None,
+        is_killed: AtomicBool::new(false),
+        exit: watch::Sender::new(None),
+    };
+    Ok((task, state))
+}
+
+/// Why the helper failed, as Nomad is told it. What the host lacks for a moment is worth another try.
+fn failed(failure: &Failure) -> DriverError {
+    const PASSING: [i32; 5] = [
+        libc::EAGAIN,
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOMEM,
+        libc::ENOSPC,
+    ];
+    if PASSING.contains(&failure.errno) {
+        DriverError::Transient(failure.to_string())
+    } else {
+        DriverError::Permanent(failure.to_string())
     }
 }
 
@@ -355,9 +405,11 @@ impl Helper {
             warn!("a helper cannot be killed: {error}");
         }
         let pidfd = self.parked.pidfd;
-        let reaped = super::wait::reaped(&pidfd);
-        if timeout(HELPER_PATIENCE, reaped).await.is_err() {
-            warn!("a killed helper does not end: uninterruptible sleep, as on a hung NFS mount?");
+        let reaped = tokio::spawn(async move { super::wait::reaped(&pidfd).await });
+        if timeout(AFTER_KILL, reaped).await.is_err() {
+            warn!(
+                "a killed helper has not ended yet: uninterruptible sleep, as on a hung NFS mount?"
+            );
         }
     }
 

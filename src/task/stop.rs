@@ -1,11 +1,11 @@
 //! Ends tasks: StopTask, SignalTask, DestroyTask. A kill hits the main process first, so that the supervisor can still
 //! write the record, and then the whole scope.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tracing::warn;
 
-use super::start::refused;
 use super::table::{Task, TaskTable, record_path, remove_record, send};
 use super::types::{Destroy, DriverError, TaskId};
 use crate::cgroup::Cgroup;
@@ -76,21 +76,19 @@ impl TaskTable {
             None => UnitName::of_task(id.as_str()),
         };
         self.clear(&unit).await?;
-        self.remove(id);
+        self.forget(id);
         Ok(())
     }
 
-    /// Removes a scope with all that runs in it, and its record.
+    /// Removes a scope with all that runs in it, and its record. Without systemd too: Nomad does not ask again, and an empty
+    /// scope is collected as soon as systemd can be reached.
     pub(super) async fn clear(&self, unit: &UnitName) -> Result<(), DriverError> {
         for slice in [SHARE_SLICE, RESERVE_SLICE] {
-            let cgroup = Cgroup::at(&format!("{SLICE}/{slice}/{unit}"));
-            if cgroup.exists() {
-                cgroup.kill().map_err(|error| {
-                    DriverError::Permanent(format!("failed to kill {unit}: {error}"))
-                })?;
-            }
+            empty(&Cgroup::at(&format!("{SLICE}/{slice}/{unit}")), unit).await?;
         }
-        self.shared.systemd.stop(unit).await.map_err(refused)?;
+        if let Err(error) = self.shared.systemd.stop(unit).await {
+            warn!(%unit, "systemd could not be told to stop an empty scope: {error}");
+        }
         remove_record(&record_path(unit));
         Ok(())
     }
@@ -102,6 +100,7 @@ impl Task {
         let failed = |error: std::io::Error| {
             DriverError::Permanent(format!("failed to kill {}: {error}", self.unit))
         };
+        self.is_killed.store(true, Ordering::Relaxed);
         send(self.main_pidfd.as_ref(), signal::KILL).map_err(failed)?;
         if self.ends_within(AFTER_KILL).await {
             return Ok(());
@@ -118,23 +117,26 @@ impl Task {
 
     /// Until no process of the scope is left. The supervisor's end implies it for all that share its PID namespace.
     async fn empty(&self) -> Result<(), DriverError> {
-        let failed = |error: std::io::Error| {
-            DriverError::Permanent(format!("failed to empty {}: {error}", self.unit))
-        };
-        let emptied = async {
-            while self.cgroup.is_populated().map_err(failed)? {
-                self.cgroup.kill().map_err(failed)?;
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-            Ok(())
-        };
-        tokio::time::timeout(AFTER_KILL_ALL, emptied)
-            .await
-            .unwrap_or_else(|_| {
-                Err(DriverError::Permanent(format!(
-                    "{} is not empty after SIGKILL to all of it",
-                    self.unit
-                )))
-            })
+        empty(&self.cgroup, &self.unit).await
     }
+}
+
+/// Kills whatever is in a scope's cgroup until nothing is.
+async fn empty(cgroup: &Cgroup, unit: &UnitName) -> Result<(), DriverError> {
+    let failed =
+        |error: std::io::Error| DriverError::Permanent(format!("failed to empty {unit}: {error}"));
+    let emptied = async {
+        while cgroup.is_populated().map_err(failed)? {
+            cgroup.kill().map_err(failed)?;
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(AFTER_KILL_ALL, emptied)
+        .await
+        .unwrap_or_else(|_| {
+            Err(DriverError::Permanent(format!(
+                "{unit} is not empty after SIGKILL to all of it: a process of it is in uninterruptible sleep (state D in ps)"
+            )))
+        })
 }

@@ -73,6 +73,8 @@ pub(super) struct Task {
     /// Signals go through descriptors, never to a number that a stranger may have got. `None` after its end.
     pub(super) main_pidfd: Option<OwnedFd>,
     pub(super) supervisor_pidfd: Option<OwnedFd>,
+    /// We sent it SIGKILL, so that its end by one is not the OOM killer's.
+    pub(super) is_killed: AtomicBool,
     pub(super) exit: watch::Sender<Option<Ended>>,
 }
 
@@ -144,6 +146,14 @@ impl TaskTable {
     pub(super) fn remove(&self, id: &TaskId) {
         lock(&self.shared.table).remove(id);
     }
+
+    /// Unless a start of it is under way, whose entry keeps a second one out.
+    pub(super) fn forget(&self, id: &TaskId) {
+        let mut table = lock(&self.shared.table);
+        if let Some(Entry::Running(_)) = table.get(id) {
+            table.remove(id);
+        }
+    }
 }
 
 impl Task {
@@ -178,8 +188,13 @@ pub(super) fn create_record(path: &Path) -> io::Result<File> {
         .create_new(true)
         .mode(0o600)
         .open(path)?;
-    file.write_all_at(&record::open(), 0)?;
-    Ok(file)
+    match file.write_all_at(&record::open(), 0) {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            remove_record(path);
+            Err(error)
+        }
+    }
 }
 
 pub(super) fn remove_record(path: &Path) {

@@ -183,8 +183,16 @@ pub struct TaskEvent {
     pub alloc_id: String,
     pub task_name: String,
     pub at: SystemTime,
+    pub severity: Severity,
     pub message: String,
     pub annotations: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    Info,
+    /// Something is not as the job asks for it.
+    Warning,
 }
 
 /// Whether tasks can run here, and what a job can constrain on.

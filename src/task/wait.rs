@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -15,15 +16,20 @@ use crate::record::{self, Record};
 use crate::sys;
 use crate::text::UnitText;
 
+/// Before a watch that could not be set up is tried again.
+const WATCH_AGAIN: Duration = Duration::from_secs(1);
+
 impl TaskTable {
     /// Watches a task until it ends, however long that takes.
     pub(super) fn watch(&self, task: Arc<Task>) {
         let tasks = self.clone();
         tokio::spawn(async move {
-            if let Some(pidfd) = &task.supervisor_pidfd
-                && let Err(reason) = readable(pidfd).await
-            {
-                error!(task_id = %UnitText::new(task.id.as_str()), %reason, "the supervisor cannot be watched");
+            if let Some(pidfd) = &task.supervisor_pidfd {
+                // Without a descriptor left to watch with, the task still runs: what is said of it must wait.
+                while let Err(reason) = readable(pidfd).await {
+                    error!(task_id = %UnitText::new(task.id.as_str()), %reason, "the supervisor cannot be watched");
+                    tokio::time::sleep(WATCH_AGAIN).await;
+                }
             }
             let killed = task.supervisor_pidfd.as_ref().and_then(reap);
             let ended = outcome(&task, killed);
@@ -100,7 +106,9 @@ pub(super) fn outcome(task: &Task, supervisor_killed_by: Option<i32>) -> Ended {
                     128 + exit.signal
                 },
                 signal: exit.signal,
-                oom_killed: exit.signal == signal::KILL && exit.oom_kills > 0,
+                oom_killed: exit.signal == signal::KILL
+                    && exit.oom_kills > 0
+                    && !task.is_killed.load(Ordering::Relaxed),
                 error: None,
             },
             at: UNIX_EPOCH + Duration::from_nanos(exit.ended_unix_nanos),
