@@ -130,7 +130,7 @@ const ROOMS: [Room; 14] = [
     Room {
         name: "cli",
         rooms: &["config", "host", "job", "plan", "task", "users"],
-        crates: &["clap", "nix", "thiserror", "tokio"],
+        crates: &["clap", "nix", "thiserror", "tokio", "tokio_stream"],
     },
 ];
 

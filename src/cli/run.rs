@@ -14,6 +14,8 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+use tokio_stream::StreamExt;
 
 use crate::config::plugin::PluginConfig;
 use crate::config::task::TaskOptions;
@@ -21,8 +23,10 @@ use crate::host;
 use crate::job::alloc_dir::{AllocDir, AllocDirError, Owner, Roots, TaskPaths};
 use crate::job::request::{new_alloc_id, new_task_id};
 use crate::plan::limits::{MemoryMax, Resources};
-use crate::task::types::{Destroy, DriverError, ExitResult, Names, TaskId, TaskRequest};
-use crate::task::{Output, TaskTable, Tasks};
+use crate::task::types::{
+    Destroy, DriverError, ExitResult, Names, Severity, TaskEvent, TaskId, TaskRequest,
+};
+use crate::task::{Flow, Output, TaskTable, Tasks};
 use crate::users::{self, Account, UserError};
 
 /// Run a command as a task: in its own systemd scope, limited, and with nothing open to it but what is unveiled
@@ -204,25 +208,51 @@ async fn attend(
     let id = request.id.clone();
     let (stdout, copy_stdout) = copied_to(io::stdout())?;
     let (stderr, copy_stderr) = copied_to(io::stderr())?;
+    let mut events = tasks.events();
     tasks
         .start_with(request, Output::Given([stdout, stderr]))
         .await?;
-    let result = tokio::select! {
-        result = tasks.wait(&id) => result?,
+    print_warnings(&mut events).await;
+    let ended = follow(tasks, &id, stops).await;
+    print_warnings(&mut events).await;
+    // Whatever went wrong, nothing of the task may outlive its directories; and what is known of its end is told.
+    let destroyed = tasks.destroy(&id, Destroy::EvenIfRunning).await;
+    if destroyed.is_ok() {
+        // Nothing that could write is left, so both ends come at once.
+        for copy in [copy_stdout, copy_stderr] {
+            let _ = copy.join();
+        }
+    }
+    let result = ended?;
+    destroyed?;
+    Ok(result)
+}
+
+/// What the events so far warn of: a limit that is not in force, an end by the OOM killer.
+async fn print_warnings(events: &mut Flow<TaskEvent>) {
+    // A timeout of nothing polls once: it gives what is there, and does not wait for more.
+    while let Ok(Some(event)) = timeout(Duration::ZERO, events.next()).await {
+        if event.severity == Severity::Warning {
+            let _ = writeln!(io::stderr(), "nomad-driver-exec2: {}", event.message);
+        }
+    }
+}
+
+async fn follow(
+    tasks: &TaskTable,
+    id: &TaskId,
+    stops: &mut Stops,
+) -> Result<ExitResult, DriverError> {
+    tokio::select! {
+        result = tasks.wait(id) => result,
         name = stops.next() => {
             tokio::select! {
-                stopped = tasks.stop(&id, KILL_TIMEOUT, name) => stopped?,
-                _ = stops.next() => tasks.stop(&id, Duration::ZERO, "SIGKILL").await?,
+                stopped = tasks.stop(id, KILL_TIMEOUT, name) => stopped?,
+                _ = stops.next() => tasks.stop(id, Duration::ZERO, "SIGKILL").await?,
             }
-            tasks.wait(&id).await?
+            tasks.wait(id).await
         }
-    };
-    tasks.destroy(&id, Destroy::EvenIfRunning).await?;
-    // Nothing that could write is left, so both ends come at once.
-    for copy in [copy_stdout, copy_stderr] {
-        let _ = copy.join();
     }
-    Ok(result)
 }
 
 /// A pipe whose other end is copied to `target`. The terminal itself is never handed to a task: it could push keystrokes

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use nomad_driver_exec2::config::plugin::PluginConfig;
 use nomad_driver_exec2::task::types::{
     Attribute, CpuUsage, Destroy, DriverError, ExitResult, Fingerprint, Health, MemoryUsage, Saved,
-    TaskEvent, TaskId, TaskRequest, TaskState, TaskStatus, Topology, Usage,
+    Severity, TaskEvent, TaskId, TaskRequest, TaskState, TaskStatus, Topology, Usage,
 };
 use nomad_driver_exec2::task::{Flow, Tasks};
 use tokio::sync::{Semaphore, broadcast, watch};
@@ -157,6 +157,7 @@ impl Tasks for Memory {
 
 pub fn event(message: &str) -> TaskEvent {
     TaskEvent {
+        severity: Severity::Info,
         task_id: TaskId::new("a/web/1"),
         alloc_id: "a".into(),
         task_name: "web".into(),
