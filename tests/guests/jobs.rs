@@ -15,6 +15,11 @@ pub const CASES: &[Case] = &[
     case!(Both, Ours, a_service_lives_in_a_scope_of_its_own),
     case!(Limits, Ours, the_kernel_and_systemd_have_the_jobs_limits),
     case!(Limits, Ours, a_task_beyond_its_memory_is_killed_and_says_so),
+    case!(
+        Limits,
+        Ours,
+        a_kill_after_an_oom_kill_of_a_child_is_no_oom_kill
+    ),
     case!(Limits, Ours, statistics_are_those_of_the_scope),
 ];
 
@@ -267,10 +272,36 @@ fn a_task_beyond_its_memory_is_killed_and_says_so(context: &Context) -> Result<(
         );
         let events = agent.connection()?.events();
         ensure!(
-            events
-                .iter()
-                .any(|event| event.message.contains("reached its memory limit")),
+            events.iter().any(|event| event
+                .message
+                .contains("OOM killer: it reached its memory limit")),
             "{events:?}"
+        );
+        agent.finish().await
+    })
+}
+
+fn a_kill_after_an_oom_kill_of_a_child_is_no_oom_kill(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let job = Job::shell(
+            "trap '' INT; (exec tail /dev/zero); echo child $?; while :; do sleep 1; done",
+        )
+        .task("kill_timeout = \"1s\"")
+        .resources("cpu = 2000\n memory = 32");
+        let alloc = agent.run(&job.text()).await?;
+        let task = alloc.only_task()?;
+        until("the child is killed", || {
+            (alloc.stdout("t").ok()? == "child 137\n").then_some(())
+        })
+        .await?;
+        ensure!(task.exit().is_none(), "the task went with its child");
+        let kills = Scope::of(task)?.file("memory.events")?;
+        ensure!(kills.contains("\noom_kill 1"), "{kills}");
+        let exit = task.stop().await?;
+        ensure!(
+            (exit.code, exit.signal, exit.oom_killed) == (137, 9, false),
+            "{exit:?}"
         );
         agent.finish().await
     })

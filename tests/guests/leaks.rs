@@ -23,6 +23,10 @@ fn each_kind_of_leak_is_found_and_cleared(_: &Context) -> Result<()> {
 
     let mut process = Command::new("sleep").arg("600").spawn()?;
     let pid = process.id().cast_signed();
+    // spawn returns while the kernel has yet to fill in the command line, and what has none counts as a zombie.
+    while fs::read(format!("/proc/{pid}/cmdline"))?.is_empty() {
+        std::thread::yield_now();
+    }
     expect_one(
         &ground,
         |leak| matches!(leak, Leak::Process { pid: found, .. } if *found == pid),

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use harness::guest::{Case, Context};
 use harness::leaks::Ground;
 use harness::nomad::Agent;
@@ -33,6 +33,13 @@ pub const CASES: &[Case] = &[
     ),
     case!(Speed, Ours, a_second_start_of_an_id_makes_no_second_copy),
     case!(Speed, Ours, a_start_after_a_lost_one_takes_its_place),
+    case!(Speed, Ours, a_failed_unit_does_not_block_a_start),
+    case!(
+        Speed,
+        Ours,
+        a_bus_that_restarts_during_starts_and_stops_loses_nothing
+    ),
+    case!(Speed, Ours, a_task_that_ends_without_a_bus_leaves_nothing),
 ];
 
 fn a_task_outlives_restarts_and_crashes_of_the_plugin(context: &Context) -> Result<()> {
@@ -377,6 +384,126 @@ fn a_start_after_a_lost_one_takes_its_place(context: &Context) -> Result<()> {
         let (agent, lost) = crashed.reattach().await?;
         ensure!(lost.len() == 1, "{lost:?}");
         alloc.stop().await?;
+        agent.finish().await
+    })
+}
+
+/// A scope of the task's name that failed, and that systemd was told to keep.
+fn a_failed_unit_does_not_block_a_start(context: &Context) -> Result<()> {
+    let fail = |unit: &str| {
+        let made = std::process::Command::new("systemd-run")
+            .args([
+                "--scope",
+                "--slice=exec2-share.slice",
+                "--property=CollectMode=inactive",
+                "--property=RuntimeMaxSec=1",
+                "--property=TimeoutStopSec=1",
+                &format!("--unit={unit}"),
+                "sleep",
+                "600",
+            ])
+            .output()?;
+        ensure!(!made.status.success(), "it was not ended: {made:?}");
+        for _ in 0..500 {
+            if crate::scopes::show(unit, &["ActiveState"])?["ActiveState"] == "failed" {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        bail!("{unit} did not fail")
+    };
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let failed = std::cell::RefCell::new(Ok(()));
+        let alloc = agent
+            .run_with(&Job::command("sleep", &["600"]).text(), |task| {
+                *failed.borrow_mut() = Scope::of_id(&task.id).and_then(|scope| fail(&scope.unit));
+            })
+            .await?;
+        failed.into_inner()?;
+        let scope = Scope::of(alloc.only_task()?)?;
+        ensure!(scope.processes()?.len() == 2);
+        alloc.stop().await?;
+        scope.expect_gone()?;
+        agent.finish().await
+    })
+}
+
+/// Each start is done or refused as passing, each stop is done, and nothing is left of either.
+fn a_bus_that_restarts_during_starts_and_stops_loses_nothing(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let ground = Ground::survey()?;
+        let job = Job::command("sleep", &["600"]).text();
+        let (mut done, mut refused) = (0, 0);
+        let work = async {
+            for _ in 0..40 {
+                match agent.run(&job).await {
+                    Ok(alloc) => {
+                        let scope = Scope::of(alloc.only_task()?)?;
+                        ensure!(scope.processes()?.len() == 2);
+                        alloc.stop().await?;
+                        done += 1;
+                    }
+                    Err(error) => {
+                        let told = error.downcast_ref::<harness::nomad::RpcError>();
+                        ensure!(told.is_some_and(|told| told.recoverable), "{error:#}");
+                        refused += 1;
+                    }
+                }
+            }
+            anyhow::Ok(())
+        };
+        let disturbed = async {
+            loop {
+                // Or it would soon count as restarted too often. systemctl reaches systemd by a socket of its own.
+                for verb in ["reset-failed", "restart"] {
+                    tokio::process::Command::new("systemctl")
+                        .args([verb, "dbus.service"])
+                        .status()
+                        .await?;
+                }
+                tokio::time::sleep(Duration::from_millis(150)).await;
+            }
+        };
+        tokio::select! {
+            worked = work => worked?,
+            never = disturbed => return never,
+        }
+        context.note(format!(
+            "{done} starts and stops done, {refused} refused for now"
+        ));
+        ensure!(done > 0, "no start went through");
+        until("what an absent bus left is collected", || {
+            ground.left().ok()?.is_empty().then_some(())
+        })
+        .await
+        .with_context(|| format!("{:?}", ground.left()))?;
+        agent.finish().await
+    })
+}
+
+fn a_task_that_ends_without_a_bus_leaves_nothing(context: &Context) -> Result<()> {
+    let bus = |verb: &str| said("systemctl", &[verb, "dbus.socket", "dbus.service"]);
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let ground = Ground::survey()?;
+        let alloc = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+        let task = alloc.only_task()?;
+        let scope = Scope::of(task)?;
+        bus("stop")?;
+        task.signal("SIGTERM").await?;
+        let ended = task.wait().await;
+        // DestroyTask comes with it. Nomad calls once, whatever the answer.
+        let stopped = alloc.stop().await;
+        let gone = scope.expect_gone();
+        bus("start")?;
+        let exit = ended?;
+        ensure!((exit.code, exit.signal) == (143, 15), "{exit:?}");
+        stopped?;
+        gone?;
+        let left = ground.left()?;
+        ensure!(left.is_empty(), "{left:?}");
         agent.finish().await
     })
 }

@@ -6,7 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use harness::guest::{Case, Context};
+use harness::guest::{Case, Context, Kind};
 use harness::leaks::{Ground, Leak};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -51,8 +51,24 @@ fn a_command_runs_as_it_would_by_itself(context: &Context) -> Result<()> {
     let ground = Ground::survey()?;
     let output = sh(context, &[], "echo to stdout; echo to stderr >&2; exit 7")?;
     ensure!(output.status.code() == Some(7), "{output:?}");
+    let said = err(&output);
+    let (warnings, own): (Vec<&str>, Vec<&str>) = said
+        .lines()
+        .partition(|line| line.starts_with("nomad-driver-exec2: "));
     ensure!(
-        out(&output) == "to stdout\n" && err(&output) == "to stderr\n",
+        out(&output) == "to stdout\n" && own == ["to stderr"],
+        "{output:?}"
+    );
+    // Of a limit that is not in force, and of nothing else.
+    let missing = match context.guest().kind {
+        Kind::Nspawn => ["memory.max", "cpu.max"].as_slice(),
+        Kind::Qemu => &[],
+    };
+    ensure!(
+        warnings.len() == missing.len()
+            && missing
+                .iter()
+                .all(|file| said.contains(&format!("{file} is not there"))),
         "{output:?}"
     );
     for (script, code) in [("exit 0", 0), ("exit 255", 255), ("kill -TERM $$", 143)] {

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context, Kind};
 
 use crate::case;
-use crate::nomad::{Job, Scope, agent, printed, proc_file, status, until};
+use crate::nomad::{Job, Scope, agent, printed, proc_file, said, status, until};
 
 pub const CASES: &[Case] = &[
     case!(Both, Ours, a_task_has_namespaces_and_privileges_of_its_own),
@@ -16,6 +16,8 @@ pub const CASES: &[Case] = &[
     case!(Both, Ours, the_managers_of_the_host_are_out_of_reach),
     case!(Both, Ours, a_task_sees_its_own_processes_and_cgroup_only),
     case!(Speed, Ours, tasks_do_not_meet_in_tmp),
+    case!(Speed, Ours, what_the_host_mounts_later_does_not_arrive),
+    case!(Speed, Ours, the_logs_are_closed_at_each_of_their_paths),
     case!(Speed, Ours, the_agents_secrets_stay_with_the_agent),
 ];
 
@@ -329,6 +331,9 @@ fn the_agents_secrets_stay_with_the_agent(context: &Context) -> Result<()> {
             "export LC_ALL=C; for f in environ maps mem exe root/etc/shadow cwd/x fd/0 auxv; do
                head -c 100 /proc/1/$f; done 2>&1; kill -KILL 1; kill -TERM 1; kill -STOP 1
              prlimit --pid 1 --nofile=0:0 2>&1
+             for group in 65534 65533 65532; do
+               setpriv --regid $group --clear-groups prlimit --pid 1 --cpu=1:1 2>&1 && echo limited by $group
+             done
              cat /proc/1/comm; echo end; exit 7",
         );
         for user in ["root", "nobody"] {
@@ -350,8 +355,97 @@ fn the_agents_secrets_stay_with_the_agent(context: &Context) -> Result<()> {
                 seen.contains("prlimit: ") && seen.contains("Operation not permitted"),
                 "{seen}"
             );
+            ensure!(!seen.contains("limited by"), "{user}: {seen}");
             ensure!(seen.ends_with("exec2-supervise\nend\n"), "{seen}");
         }
+        agent.finish().await
+    })
+}
+
+/// It would be writable in a view that was made read-only before: another task's `alloc`, for one.
+fn what_the_host_mounts_later_does_not_arrive(context: &Context) -> Result<()> {
+    let dir = tempfile::tempdir_in("/opt")?;
+    let point = dir.path().join("later");
+    fs::create_dir(&point)?;
+    let shown = point.display().to_string();
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let script = format!(
+            "export LC_ALL=C; echo up; while [ ! -e local/go ]; do sleep 0.02; done
+             chmod 777 {shown} 2>&1; echo end"
+        );
+        let alloc = agent.run(&Job::shell(&script).user("root").text()).await?;
+        let task = alloc.only_task()?;
+        let main = Scope::of(task)?.main()?;
+        until("it is up", || {
+            (alloc.stdout("t").ok()? == "up\n").then_some(())
+        })
+        .await?;
+        said("mount", &["-t", "tmpfs", "-o", "mode=755", "later", &shown])?;
+        let arrived = proc_file(main, "mountinfo").map(|mounts| mounts.contains(&shown));
+        let go = proc_file(main, "environ")?
+            .split('\0')
+            .find_map(|variable| variable.strip_prefix("NOMAD_TASK_DIR=").map(str::to_owned))
+            .context("NOMAD_TASK_DIR")?;
+        fs::write(format!("{go}/go"), "")?;
+        let exit = task.wait().await;
+        let mode = fs::metadata(&point).map(|meta| meta.mode() & 0o777);
+        said("umount", &[&shown])?;
+        exit?;
+        ensure!(!arrived?, "it arrived");
+        ensure!(mode? == 0o755, "{}", alloc.stdout("t")?);
+        ensure!(
+            alloc.stdout("t")?.contains("Read-only file system"),
+            "{}",
+            alloc.stdout("t")?
+        );
+        agent.finish().await
+    })
+}
+
+/// In the task's directory, and where Nomad's own root process opens and rotates them.
+fn the_logs_are_closed_at_each_of_their_paths(context: &Context) -> Result<()> {
+    let target = std::path::Path::new("/opt/planted-by-a-log");
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let data = agent.data_dir().join("data");
+        let allocs = data.join("alloc").display().to_string();
+        for user in ["root", "nobody"] {
+            let script = format!(
+                "export LC_ALL=C
+                 for logs in $NOMAD_ALLOC_DIR/logs {allocs}/$NOMAD_ALLOC_ID/alloc/logs; do
+                   ln -s {} $logs/t.stdout.1 && echo planted
+                   rename=$(mv $logs $logs.away 2>&1) && echo moved
+                 done 2>&1
+                 touch {allocs}/$NOMAD_ALLOC_ID/alloc/data/x && echo elsewhere",
+                target.display()
+            );
+            // Nomad's own directories are closed to all but root; an operator may have opened them.
+            for dir in [&data, &data.join("alloc")] {
+                fs::create_dir_all(dir)?;
+                fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+            }
+            let job = Job::shell(&script)
+                .user(user)
+                .unveil(&[&format!("rwc:{allocs}/${{NOMAD_ALLOC_ID}}")]);
+            let text = job
+                .text()
+                .replace("$${NOMAD_ALLOC_ID}", "${NOMAD_ALLOC_ID}");
+            let alloc = agent.run(&text).await?;
+            alloc.only_task()?.wait().await?;
+            alloc.stop().await?;
+            let seen = alloc.stdout("t")?;
+            ensure!(
+                !seen.contains("planted\n") && !seen.contains("moved"),
+                "{user}: {seen}"
+            );
+            ensure!(
+                seen.matches("Read-only file system").count() == 2,
+                "{user}: {seen}"
+            );
+            ensure!(seen.ends_with("elsewhere\n"), "{user}: {seen}");
+        }
+        ensure!(!target.exists());
         agent.finish().await
     })
 }
