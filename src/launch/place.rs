@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, fstat, openat2};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
 use rustix::io::Errno;
 
 use super::report::{At, Failure};
@@ -96,12 +96,17 @@ pub(super) fn open_without_links(
     flags: OFlags,
     resolve: ResolveFlags,
 ) -> Result<OwnedFd, Errno> {
-    open_beneath(
+    let found = open_beneath(
         directory,
         path,
         flags | OFlags::NOFOLLOW,
         resolve | ResolveFlags::NO_SYMLINKS,
-    )
+    )?;
+    // Of a link at the very end, O_PATH and O_NOFOLLOW give the link itself.
+    match FileType::from_raw_mode(fstat(&found)?.st_mode) {
+        FileType::Symlink => Err(Errno::LOOP),
+        _ => Ok(found),
+    }
 }
 
 fn open_beneath(

@@ -50,10 +50,15 @@ pub(super) fn in_view(outputs: [Output; 2]) -> Result<Standard, Failure> {
     Ok(Standard { input, outputs })
 }
 
+/// A pipe or a socket: the descriptor of a file leads past the read-only view, and root could change the file through it.
 fn given(index: usize) -> Result<Output, Failure> {
-    sys::inherited(OUTPUT[index])
-        .map(Output::Given)
-        .at(Step::Open)
+    let output = sys::inherited(OUTPUT[index]).at(Step::Open)?;
+    match FileType::from_raw_mode(fstat(&output).at(Step::Open)?.st_mode) {
+        FileType::Fifo | FileType::Socket => Ok(Output::Given(output)),
+        kind => Err(Failure::new(Step::Open, 0).note(format!(
+            "output can be handed over as a pipe or a socket only, this is {kind:?}"
+        ))),
+    }
 }
 
 fn fifo(path: &Path, order: &Order) -> Result<Output, Failure> {

@@ -3,73 +3,36 @@
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
-use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nomad_driver_exec2::launch::report::{Failure, Message, receive, release};
 use nomad_driver_exec2::launch::{Parked, spawn};
-use nomad_driver_exec2::plan::steps::{
-    Access, Order, Place, Rule, RunMask, Source, Stdio, TaskDir, Tree, View,
-};
+use nomad_driver_exec2::plan::capabilities;
+use nomad_driver_exec2::plan::steps::{Order, Place, Rule, Source, Stdio, TaskDir};
+use nomad_driver_exec2::plan::unveil::{self, ByTask, Defaults, Gate};
 use nomad_driver_exec2::record::{self, Exit, Record};
-use rustix::process::{Resource, getrlimit};
+use rustix::process::{Resource, Signal, getrlimit, pidfd_send_signal};
 use tempfile::TempDir;
 
 /// A dynamic workload user: in no passwd file.
 pub const DYNAMIC: u32 = 80001;
-pub const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The default unveil paths.
-const DEFAULTS: &[&str] = &[
-    "rx:/bin",
-    "rx:/usr/bin",
-    "rx:/usr/local/bin",
-    "rw:/dev/null",
-    "rx:/lib",
-    "rx:/lib64",
-    "rx:/usr/lib",
-    "rx:/usr/lib64",
-    "rx:/usr/libexec",
-    "rx:/usr/local/lib",
-    "rx:/usr/local/lib64",
-    "r:/etc/ld.so.conf",
-    "r:/etc/ld.so.cache",
-    "r:/etc/ld.so.conf.d",
-    "rw:/dev/full",
-    "r:/dev/zero",
-    "r:/dev/fd",
-    "rw:/dev/stdin",
-    "rw:/dev/stdout",
-    "r:/dev/urandom",
-    "w:/dev/log",
-    "r:/usr/share/locale",
-    "r:/proc/self/cmdline",
-    "r:/usr/share/zoneinfo",
-    "r:/usr/share/common-licenses",
-    "r:/proc/sys/kernel/ngroups_max",
-    "r:/proc/sys/kernel/cap_last_cap",
-    "r:/proc/sys/vm/overcommit_memory",
-    "r:/etc/hosts",
-    "r:/hostname",
-    "r:/etc/services",
-    "r:/etc/protocols",
-    "r:/etc/resolv.conf",
-    "r:/etc/ssl/certs",
-];
+const PATIENCE: Duration = Duration::from_secs(20);
 
 #[derive(Debug)]
 pub struct Stage {
-    pub dir: TempDir,
+    dir: TempDir,
     /// M: what the task sees as its own.
     pub task_dir: PathBuf,
     /// Where the logs really are.
     pub logs: PathBuf,
-    pub record: File,
+    record: File,
     outputs: [File; 2],
 }
 
@@ -78,11 +41,12 @@ impl Stage {
         Stage::below("/var/tmp")
     }
 
-    pub fn below(base: impl AsRef<Path>) -> Stage {
+    pub fn below(base: &str) -> Stage {
         assert!(
             nix::unistd::geteuid().is_root(),
             "the helper's tests make mounts, namespaces and users: run them as root"
         );
+        share_mounts();
         let dir = tempfile::Builder::new()
             .prefix("exec2-stage-")
             .permissions(Permissions::from_mode(0o755))
@@ -122,20 +86,40 @@ impl Stage {
         self.dir.path().join(name)
     }
 
+    /// A FIFO `local/gate` for the task to read a line from. It opens without waiting, at both ends.
+    pub fn gate(&self) -> File {
+        let path = self.task_dir.join("local/gate");
+        nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+        chown(&path, Some(DYNAMIC), Some(DYNAMIC)).unwrap();
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap()
+    }
+
     /// A shell script as a dynamic user, with the default unveil paths.
     pub fn script(&self, script: &str) -> Order {
         self.order("/bin/sh", &["-c", script])
     }
 
+    /// A task that waits to be ended.
+    pub fn idle(&self) -> Order {
+        self.order("/bin/sleep", &["600"])
+    }
+
     pub fn order(&self, command: &str, args: &[&str]) -> Order {
         let found = fs::metadata(&self.task_dir).unwrap();
-        let own = ["local", "alloc", "secrets", "tmp"].map(|name| own(name, "rwxc"));
         let limit = getrlimit(Resource::Nofile);
         let number = |value: Option<u64>| value.unwrap_or(libc::RLIM_INFINITY);
+        let rules = unveil::rules(gate(Defaults::Unveiled), &[], &self.task_dir).unwrap();
         Order {
             command: command.into(),
             args: args.iter().map(ToString::to_string).collect(),
-            env: vec![("PATH".into(), "/usr/local/bin:/usr/bin:/bin".into())],
+            env: vec![
+                ("PATH".into(), "/usr/local/bin:/usr/bin:/bin".into()),
+                ("LC_ALL".into(), "C".into()),
+            ],
             work_dir: Place::Task("".into()),
             uid: DYNAMIC,
             gid: DYNAMIC,
@@ -152,48 +136,42 @@ impl Stage {
                 device: found.dev(),
                 inode: found.ino(),
             },
-            view: View {
-                tree: Tree::ReadOnly,
-                writable: Vec::new(),
-                run: RunMask::Managers,
-                kept: Vec::new(),
-            },
-            rules: own
-                .into_iter()
-                .chain(DEFAULTS.iter().map(|rule| host(rule, Source::Default)))
-                .collect(),
+            view: unveil::view(&rules, DYNAMIC),
+            rules,
             open_files: (number(limit.current), number(limit.maximum)),
         }
     }
 
-    pub fn park(&self, order: &Order) -> Result<Helper<'_>, Failure> {
-        let mut helper = self.spawn(order)?;
-        match helper.next() {
-            Some((Message::Parked, None)) => Ok(helper),
-            Some((Message::Failed(failure), None)) => {
-                helper.reap();
-                Err(failure)
-            }
-            other => panic!("instead of parking: {other:?}"),
-        }
-    }
-
-    pub fn spawn(&self, order: &Order) -> Result<Helper<'_>, Failure> {
+    /// A helper that prepares itself. `output` is for `Stdio::Given`.
+    pub fn spawn(
+        &self,
+        order: &Order,
+        output: Option<[OwnedFd; 2]>,
+    ) -> Result<Helper<'_>, Failure> {
         let program = rustix::fs::open(
             env!("CARGO_BIN_EXE_nomad-driver-exec2"),
             rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
             rustix::fs::Mode::empty(),
         )
         .unwrap();
-        let parked = spawn(program.as_fd(), order, &self.record, None)?;
-        Ok(Helper {
-            parked,
+        let Parked {
+            pidfd,
+            pid,
+            control,
+        } = spawn(program.as_fd(), order, &self.record, output)?;
+        let mut helper = Helper {
+            supervisor: Supervisor { pidfd, pid },
+            control,
             stage: self,
-        })
+        };
+        match helper.next() {
+            Some((Message::Parked, None)) => Ok(helper),
+            other => Err(helper.failed(other)),
+        }
     }
 
     pub fn start(&self, order: &Order) -> Result<Task<'_>, Failure> {
-        self.park(order)?.go()
+        self.spawn(order, None)?.go()
     }
 
     /// Runs the order to its end.
@@ -205,16 +183,15 @@ impl Stage {
     }
 
     /// The sentence of a start that fails. Nothing of it is left.
-    pub fn fails(&self, order: &Order) -> Failure {
+    pub fn fails(&self, order: &Order) -> String {
         let Err(failure) = self.start(order) else {
             panic!("it started")
         };
         assert_eq!(self.read_record(), Record::Open);
-        failure
+        failure.to_string()
     }
 
     pub fn read_record(&self) -> Record {
-        use std::os::unix::fs::FileExt;
         let mut page = [0; record::SIZE_BYTES];
         self.record.read_exact_at(&mut page, 0).unwrap();
         record::read(&page)
@@ -236,36 +213,93 @@ impl Drop for Stage {
     }
 }
 
+/// An order as it is, for the dynamic user, and for root.
+pub const USERS: [fn(&Order) -> Order; 2] = [Order::clone, Changed::as_root];
+
+/// Changes of an order.
+pub trait Changed {
+    fn unveiling(self, mode: &str, path: impl AsRef<Path>) -> Self;
+    fn unveiled_by(self, source: Source, mode: &str, path: impl AsRef<Path>) -> Self;
+    fn as_root(&self) -> Self;
+}
+
+impl Changed for Order {
+    /// As the job asks for it.
+    fn unveiling(self, mode: &str, path: impl AsRef<Path>) -> Order {
+        self.unveiled_by(Source::Task, mode, path)
+    }
+
+    fn unveiled_by(mut self, source: Source, mode: &str, path: impl AsRef<Path>) -> Order {
+        let entry = format!("{mode}:{}", path.as_ref().display());
+        let rules = unveil::rules(gate(Defaults::Veiled), &[entry], &self.task_dir.path).unwrap();
+        let asked = rules.into_iter().filter(|rule| rule.source == Source::Task);
+        self.rules.extend(asked.map(|rule| Rule { source, ..rule }));
+        self.view = unveil::view(&self.rules, self.uid);
+        self
+    }
+
+    /// Root, with the capabilities that a root task has.
+    fn as_root(&self) -> Order {
+        Order {
+            uid: 0,
+            gid: 0,
+            bounding: capabilities::bounding(false),
+            view: unveil::view(&self.rules, 0),
+            ..self.clone()
+        }
+    }
+}
+
 /// A helper that waits to be released.
 #[derive(Debug)]
 pub struct Helper<'a> {
-    pub parked: Parked,
+    pub supervisor: Supervisor,
+    pub control: OwnedFd,
     stage: &'a Stage,
 }
 
 impl<'a> Helper<'a> {
-    pub fn next(&mut self) -> Option<(Message, Option<OwnedFd>)> {
-        await_readable(&self.parked.control);
-        receive(&self.parked.control).unwrap()
+    fn next(&mut self) -> Option<(Message, Option<OwnedFd>)> {
+        await_readable(&self.control);
+        receive(&self.control).unwrap()
     }
 
-    pub fn go(mut self) -> Result<Task<'a>, Failure> {
-        release(&self.parked.control).unwrap();
-        match self.next() {
-            Some((Message::Started, Some(main))) => Ok(Task { helper: self, main }),
+    fn failed(self, message: Option<(Message, Option<OwnedFd>)>) -> Failure {
+        match message {
             Some((Message::Failed(failure), None)) => {
-                self.reap();
-                Err(failure)
+                self.supervisor.reap();
+                failure
             }
-            other => panic!("instead of starting: {other:?}"),
+            other => panic!("instead of a failure: {other:?}"),
         }
     }
 
-    /// Waits for the supervisor's end and returns its exit code, or the signal that killed it as a negative number.
+    pub fn go(mut self) -> Result<Task<'a>, Failure> {
+        release(&self.control).unwrap();
+        match self.next() {
+            Some((Message::Started, Some(main))) => Ok(Task {
+                supervisor: self.supervisor,
+                main,
+                control: Some(self.control),
+                stage: self.stage,
+            }),
+            other => Err(self.failed(other)),
+        }
+    }
+}
+
+/// The helper's process. It does not outlive the test, and the kernel ends the task with it.
+#[derive(Debug)]
+pub struct Supervisor {
+    pub pidfd: OwnedFd,
+    pub pid: i32,
+}
+
+impl Supervisor {
+    /// Waits for its end and returns its exit code, or the signal that killed it as a negative number.
     pub fn reap(&self) -> i32 {
-        use nix::sys::wait::WaitStatus;
-        await_readable(&self.parked.pidfd);
-        match waitid(Id::PIDFd(self.parked.pidfd.as_fd()), WaitPidFlag::WEXITED).unwrap() {
+        await_readable(&self.pidfd);
+        match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED).unwrap() {
             WaitStatus::Exited(_, code) => code,
             WaitStatus::Signaled(_, signal, _) => -(signal as i32),
             other => panic!("{other:?}"),
@@ -273,11 +307,22 @@ impl<'a> Helper<'a> {
     }
 }
 
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        // After `reap` there is nothing to signal and nothing to wait for.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let _ = waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED);
+    }
+}
+
 /// A task that runs.
 #[derive(Debug)]
 pub struct Task<'a> {
-    pub helper: Helper<'a>,
+    pub supervisor: Supervisor,
     pub main: OwnedFd,
+    /// The plugin's end of the control socket, until it hangs up.
+    control: Option<OwnedFd>,
+    stage: &'a Stage,
 }
 
 #[derive(Debug)]
@@ -288,91 +333,57 @@ pub struct Outcome {
 }
 
 impl Task<'_> {
+    /// What the plugin's death does.
+    pub fn hang_up(&mut self) {
+        self.control = None;
+    }
+
     /// The main process' pid on the host.
     pub fn pid(&self) -> i32 {
         let info = format!("/proc/self/fdinfo/{}", self.main.as_raw_fd());
         let info = fs::read_to_string(info).unwrap();
-        let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"));
-        pid.unwrap().trim().parse().unwrap()
+        field(&info, "Pid").parse().unwrap()
     }
 
+    /// A file of the main process in the host's /proc.
     pub fn proc(&self, name: &str) -> String {
         fs::read_to_string(format!("/proc/{}/{name}", self.pid())).unwrap()
     }
 
-    pub fn supervisor(&self, name: &str) -> String {
-        fs::read_to_string(format!("/proc/{}/{name}", self.helper.parked.pid)).unwrap()
-    }
-
-    pub fn signal(&self, signal: rustix::process::Signal) {
-        rustix::process::pidfd_send_signal(&self.main, signal).unwrap();
+    pub fn signal(&self, signal: Signal) {
+        pidfd_send_signal(&self.main, signal).unwrap();
     }
 
     /// Waits until the task has said `text` on stdout.
     pub fn says(&self, text: &str) -> String {
         let mut said = String::new();
-        for _ in 0..2000 {
-            said += &self.helper.stage.said(0);
-            if said.contains(text) {
-                return said;
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        while !said.contains(text) {
+            await_readable(&self.stage.outputs[0]);
+            let more = self.stage.said(0);
+            assert!(!more.is_empty(), "{said:?}, {:?}", self.stage.said(1));
+            said += &more;
         }
-        panic!("it said {said:?}, and {:?}", self.helper.stage.said(1));
+        said
     }
 
     pub fn end(self) -> Outcome {
-        assert_eq!(self.helper.reap(), 0, "the supervisor's own exit");
-        let stage = self.helper.stage;
-        match stage.read_record() {
+        assert_eq!(self.supervisor.reap(), 0, "the supervisor's own exit");
+        match self.stage.read_record() {
             Record::Exited(exit) => Outcome {
                 exit,
-                stdout: stage.said(0),
-                stderr: stage.said(1),
+                stdout: self.stage.said(0),
+                stderr: self.stage.said(1),
             },
             other => panic!("the record says {other:?}"),
         }
     }
 }
 
-pub fn new_record() -> File {
-    use std::io::Write;
-    let mut file = tempfile::tempfile().unwrap();
-    file.write_all(&record::open()).unwrap();
-    file
-}
-
-/// `mode:path` on the host.
-pub fn host(rule: &str, source: Source) -> Rule {
-    let (mode, path) = rule.split_once(':').unwrap();
-    Rule {
-        place: Place::Host(path.into()),
-        access: access(mode),
-        source,
-    }
-}
-
-/// `mode:path` as a task asks for it.
-pub fn asked(mode: &str, path: impl AsRef<Path>) -> Rule {
-    host(&format!("{mode}:{}", path.as_ref().display()), Source::Task)
-}
-
-/// A rule beneath the task's directory.
-pub fn own(path: &str, mode: &str) -> Rule {
-    Rule {
-        place: Place::Task(path.into()),
-        access: access(mode),
-        source: Source::Driver,
-    }
-}
-
-fn access(mode: &str) -> Access {
-    Access {
-        read: mode.contains('r'),
-        write: mode.contains('w'),
-        execute: mode.contains('x'),
-        create: mode.contains('c'),
-    }
+/// The value of `name:` in a file like /proc/PID/status.
+pub fn field<'a>(text: &'a str, name: &str) -> &'a str {
+    let values = text.lines().filter_map(|line| line.strip_prefix(name));
+    let mut values = values.filter_map(|rest| rest.strip_prefix(':'));
+    values.next().unwrap().trim()
 }
 
 pub fn make(path: &Path, mode: u32) {
@@ -381,21 +392,58 @@ pub fn make(path: &Path, mode: u32) {
 }
 
 /// A file that belongs to the dynamic user.
-pub fn file(path: &Path, content: &str) -> PathBuf {
+pub fn file(path: &Path, content: &str, mode: u32) -> PathBuf {
     fs::write(path, content).unwrap();
+    fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
     chown(path, Some(DYNAMIC), Some(DYNAMIC)).unwrap();
     path.into()
 }
 
+pub fn await_readable(fd: impl AsFd) {
+    let mut polled = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(PATIENCE).unwrap();
+    assert_eq!(
+        poll(&mut polled, timeout).unwrap(),
+        1,
+        "nothing within {PATIENCE:?}"
+    );
+}
+
+/// For what /proc tells without an event.
+pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn gate(defaults: Defaults) -> Gate<'static> {
+    Gate {
+        paths: &[],
+        defaults,
+        by_task: ByTask::Allowed,
+    }
+}
+
+/// From here on this thread, and nobody else, is on a host whose mounts are shared, as systemd makes them.
+fn share_mounts() {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    for propagation in [MsFlags::MS_PRIVATE, MsFlags::MS_SHARED] {
+        let flags = MsFlags::MS_REC | propagation;
+        mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
+    }
+}
+
+fn new_record() -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&record::open(), 0).unwrap();
+    file
+}
+
 fn bind(source: &Path, target: &Path) {
-    mount(
-        Some(source),
-        target,
-        None::<&str>,
-        MsFlags::MS_BIND,
-        None::<&str>,
-    )
-    .unwrap();
+    let flags = MsFlags::MS_BIND;
+    mount(Some(source), target, None::<&str>, flags, None::<&str>).unwrap();
 }
 
 fn reader(path: &Path) -> File {
@@ -404,14 +452,4 @@ fn reader(path: &Path) -> File {
         .custom_flags(libc::O_NONBLOCK)
         .open(path)
         .unwrap()
-}
-
-fn await_readable(fd: impl AsFd) {
-    let mut polled = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    let timeout = PollTimeout::try_from(PATIENCE).unwrap();
-    assert_eq!(
-        poll(&mut polled, timeout).unwrap(),
-        1,
-        "nothing within {PATIENCE:?}"
-    );
 }
