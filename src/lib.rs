@@ -8,7 +8,7 @@
 //! - [`task`] is the life of a task: it acts on plans, through the next three.
 //! - [`systemd`] is PID 1's side: scopes over D-Bus. [`cgroup`] reads a scope's files.
 //! - [`launch`] is the helper: from a parked process inside the scope to the command's exec, then its supervisor.
-//! - [`host`] and [`users`] look facts up. [`record`] is how a task's end is kept, [`text`] the only way a job's words leave
+//! - [`host`], [`mountinfo`] and [`users`] look facts up. [`record`] is how a task's end is kept, [`text`] the only way a job's words leave
 //!   us, [`sys`] the calls that no library has, and the only unsafe code.
 
 pub mod cgroup;
@@ -17,6 +17,7 @@ pub mod config;
 pub mod host;
 pub mod job;
 pub mod launch;
+pub mod mountinfo;
 pub mod plan;
 pub mod plugin;
 /// The wire contract, generated from `proto/`.

@@ -16,7 +16,7 @@ struct Room {
     crates: &'static [&'static str],
 }
 
-const ROOMS: [Room; 14] = [
+const ROOMS: [Room; 15] = [
     Room {
         name: "sys",
         rooms: &[],
@@ -24,6 +24,11 @@ const ROOMS: [Room; 14] = [
     },
     Room {
         name: "text",
+        rooms: &[],
+        crates: &[],
+    },
+    Room {
+        name: "mountinfo",
         rooms: &[],
         crates: &[],
     },
@@ -65,7 +70,13 @@ const ROOMS: [Room; 14] = [
     },
     Room {
         name: "launch",
-        rooms: &["cgroup::unified", "plan::steps", "record", "sys"],
+        rooms: &[
+            "cgroup::unified",
+            "mountinfo",
+            "plan::steps",
+            "record",
+            "sys",
+        ],
         crates: &[
             "landlock",
             "libc",
@@ -124,7 +135,7 @@ const ROOMS: [Room; 14] = [
     },
     Room {
         name: "job",
-        rooms: &["config", "task::types"],
+        rooms: &["config", "mountinfo", "task::types"],
         crates: &["hcl", "nix", "thiserror"],
     },
     Room {

@@ -11,6 +11,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 
+use crate::mountinfo;
+
 /// Owner of the directories that every task of the group may write. 65534 on every distribution we know.
 const NOBODY: u32 = 65534;
 const SECRETS_MIB: u32 = 1;
@@ -154,6 +156,11 @@ impl AllocDir {
         Ok(())
     }
 
+    /// Lets everything be, as something still runs in it.
+    pub fn leave(self) {
+        std::mem::forget(self);
+    }
+
     /// Unmounts and removes everything, and says what could not be.
     pub fn remove(mut self) -> Result<(), AllocDirError> {
         self.clear()
@@ -245,37 +252,13 @@ fn unmount_below(tree: &Path) -> Result<(), AllocDirError> {
     let table = Path::new("/proc/self/mountinfo");
     loop {
         let text = fs::read_to_string(table).map_err(|error| failed("read", table, error))?;
-        let points = text.lines().filter_map(|line| line.split(' ').nth(4));
-        let Some(last) = points.map(unescape).rfind(|point| point.starts_with(tree)) else {
+        let points = mountinfo::parse(&text).map(|mount| mount.point);
+        let Some(last) = points.rev().find(|point| point.starts_with(tree)) else {
             return Ok(());
         };
         umount2(&last, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
             .map_err(|errno| failed("unmount", &last, errno.into()))?;
     }
-}
-
-/// The mount table writes space, tab, newline and backslash as three octal digits.
-fn unescape(field: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
-    while let [byte, tail @ ..] = rest {
-        let octal = match rest {
-            [b'\\', digits @ ..] if digits.len() >= 3 => std::str::from_utf8(&digits[..3]).ok(),
-            _ => None,
-        };
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(decoded) => {
-                bytes.push(decoded);
-                rest = &rest[4..];
-            }
-            None => {
-                bytes.push(*byte);
-                rest = tail;
-            }
-        }
-    }
-    std::ffi::OsString::from_vec(bytes).into()
 }
 
 #[cfg(test)]
@@ -284,17 +267,10 @@ mod tests {
     use super::*;
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-    #[test]
-    fn the_mount_table_s_octal_digits_are_decoded() {
-        assert_eq!(unescape("/a\\040b\\134c"), Path::new("/a b\\c"));
-        assert_eq!(unescape("/a\\"), Path::new("/a\\"));
-    }
-
     fn mounts_below(path: &Path) -> usize {
         let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        let points = table.lines().filter_map(|line| line.split(' ').nth(4));
-        points
-            .filter(|point| unescape(point).starts_with(path))
+        mountinfo::parse(&table)
+            .filter(|mount| mount.point.starts_with(path))
             .count()
     }
 

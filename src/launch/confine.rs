@@ -12,7 +12,7 @@ use landlock::{
 use rustix::fs::{FileType, OFlags, fstat, stat};
 use rustix::io::Errno;
 
-use super::place::{TaskRoot, written};
+use super::place::TaskRoot;
 use super::report::{At, Failure};
 use crate::plan::steps::{Access, Order, Place, Rule, Source, Step};
 
@@ -45,7 +45,7 @@ impl Rules {
             let Some(object) = open(rule, root, order.uid)? else {
                 continue;
             };
-            let status = fstat(&object).at_path(Step::Rules, written(&rule.place))?;
+            let status = fstat(&object).at_path(Step::Rules, &rule.written)?;
             add(
                 &mut ruleset,
                 rule,
@@ -111,9 +111,11 @@ fn open(rule: &Rule, root: &TaskRoot, uid: u32) -> Result<Option<OwnedFd>, Failu
             Ok(None)
         }
         (Errno::ACCESS, ..) => Err(failure.note(format!("uid {uid} cannot reach it"))),
-        (Errno::XDEV, _, Place::Task(_)) => {
-            Err(failure.note("it leads out of the task's directory"))
-        }
+        // "Cross-device link", says the kernel.
+        (Errno::XDEV, _, Place::Task(_)) => Err(Failure {
+            errno: 0,
+            ..failure.note("it leads out of the task's directory")
+        }),
         _ => Err(failure),
     }
 }
@@ -163,7 +165,7 @@ fn rights(access: Access, kind: FileType) -> BitFlags<AccessFs> {
 
 /// A rule as a job author writes it.
 fn spelled(rule: &Rule) -> String {
-    format!("{}:{}", rule.access, written(&rule.place).display())
+    format!("{}:{}", rule.access, rule.written.display())
 }
 
 fn refused(step: Step, error: &landlock::RulesetError) -> Failure {

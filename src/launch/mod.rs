@@ -100,6 +100,8 @@ fn enter(control: OwnedFd, (prepared, page): (Prepared, SharedPage)) -> ! {
             None,
         )
         .at(Step::Fork)?;
+        // After the fork the command could be there first, and limit its supervisor.
+        privileges::set_groups(supervise::GROUPS)?;
         Ok((memory, supervisor, task, sys::fork().at(Step::Fork)?))
     });
     match forked {

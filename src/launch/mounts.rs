@@ -5,16 +5,20 @@ use std::ffi::CStr;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use nix::mount::{MntFlags, umount2};
 use rustix::fs::{FileType, OFlags, fstat};
 use rustix::io::Errno;
 
 use super::layers::{self, Finish, Layer, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
 use super::place::{TaskRoot, open_resolved};
 use super::report::{At, Failure};
-use super::stdio;
-use crate::plan::steps::{Order, RunMask, Stdio, Step, Tree, View};
+use crate::mountinfo::{self, Mount};
+use crate::plan::steps::{Order, RunMask, Step, TaskDir, Tree, View};
+
+const TERMINALS: &str = "/dev/pts";
 
 /// What stays of a masked /run, for every task: the resolver's files, and the sockets that take a log.
 const KEPT_RUN: [&str; 4] = [
@@ -27,26 +31,34 @@ const KEPT_RUN: [&str; 4] = [
 /// Builds the view and returns the task's directory as it is in it.
 pub(super) fn build(order: &Order) -> Result<TaskRoot, Failure> {
     let view = &order.view;
+    let_go_of_others(&order.task_dir)?;
     let root = TaskRoot::open(&order.task_dir, Step::View)?;
-    let layers = layers_of(view, &root)?;
+    let layers = layers_of(view, &root, &order.task_dir.alloc_dir)?;
     if view.tree == Tree::ReadOnly {
         let set = READ_ONLY | NO_SUID | NO_DEV;
         layers::set_attributes(c"/", libc::AT_RECURSIVE, set, 0).at_path(Step::View, "/")?;
     }
     layers::lay(Step::View, layers)?;
     let root = TaskRoot::open(&order.task_dir, Step::View)?;
-    close_logs(&root, &order.stdio)?;
+    close_logs(&root)?;
     Ok(root)
 }
 
 /// Everything that is laid over the tree, copied from it while it still is the host's.
-fn layers_of(view: &View, root: &TaskRoot) -> Result<Vec<Layer>, Failure> {
+fn layers_of(view: &View, root: &TaskRoot, alloc_dir: &Path) -> Result<Vec<Layer>, Failure> {
     let task_dir = resolve(&root.path(""))?.unwrap_or_else(|| root.path(""));
-    let wanted = Wanted::all(view)?;
+    let alloc_dir = resolve(alloc_dir)?.unwrap_or_else(|| alloc_dir.to_owned());
+    let mut wanted = Wanted::all(view)?;
+    for want in &mut wanted {
+        // Nomad works there as root, and follows what it finds: a task writes by way of its own directory.
+        if want.path.starts_with(&alloc_dir) && !want.path.starts_with(&task_dir) {
+            want.write = Write::Denied;
+        }
+    }
     let brought = |path: &Path| wanted.iter().any(|want| path.starts_with(&want.path));
     let hidden: Vec<Mask> = Mask::all(view.run)?
         .into_iter()
-        .filter(|mask| !brought(&mask.path))
+        .filter(|mask| mask.is_kept() || !brought(&mask.path))
         .collect();
     let is_hidden = |path: &Path| hidden.iter().any(|mask| path.starts_with(&mask.path));
 
@@ -59,6 +71,9 @@ fn layers_of(view: &View, root: &TaskRoot) -> Result<Vec<Layer>, Failure> {
     ];
     if view.tree == Tree::ReadOnly && !brought(Path::new("/dev")) {
         layers.extend(dev()?);
+    }
+    if !is_hidden(&alloc_dir) {
+        layers.extend(copy(alloc_dir, Write::Denied)?);
     }
     for mask in &hidden {
         layers.push(mask.layer(root)?);
@@ -98,8 +113,10 @@ impl Wanted {
         let paths = view.writable.iter().map(|path| (path, Write::Allowed));
         let paths = paths.chain(view.kept.iter().map(|path| (path, Write::Denied)));
         let mut all = Vec::new();
+        // The task has its own of these, whoever unveils them.
+        let is_own = |path: &Path| path.starts_with("/proc") || path.starts_with(TERMINALS);
         // A path that is missing is for the unveil rules to name, or to skip.
-        for (path, write) in paths.filter(|(path, _)| !path.starts_with("/proc")) {
+        for (path, write) in paths.filter(|(path, _)| !is_own(path)) {
             all.extend(resolve(path)?.map(|path| Wanted { path, write }));
         }
         all.sort_by(|a, b| a.path.cmp(&b.path).then(b.write.cmp(&a.write)));
@@ -129,6 +146,11 @@ enum Instead {
 }
 
 impl Mask {
+    /// Also where what it hides is unveiled.
+    fn is_kept(&self) -> bool {
+        matches!(self.instead, Instead::Terminals)
+    }
+
     /// All masks that have something to hide on this host.
     fn all(run: RunMask) -> Result<Vec<Mask>, Failure> {
         let mut candidates = vec![
@@ -136,7 +158,7 @@ impl Mask {
             (PathBuf::from("/dev/shm"), Instead::SharedMemory),
             (PathBuf::from("/dev/mqueue"), Instead::MessageQueues),
             // Those of the host belong to whoever is logged in, and chmod is not Landlock's business.
-            (PathBuf::from("/dev/pts"), Instead::Terminals),
+            (PathBuf::from(TERMINALS), Instead::Terminals),
         ];
         for base in run_directories()? {
             match run {
@@ -173,7 +195,11 @@ impl Mask {
             Instead::SharedMemory => filesystem(c"tmpfs", &[("mode", "1777")]),
             Instead::MessageQueues => filesystem(c"mqueue", &[]),
             // /dev/ptmx finds its terminals in the `pts` beside it.
-            Instead::Terminals => filesystem(c"devpts", &[("mode", "0600"), ("ptmxmode", "0666")]),
+            Instead::Terminals => layers::new_filesystem(
+                c"devpts",
+                &[("mode", "0600"), ("ptmxmode", "0666")],
+                NO_SUID | NO_EXEC,
+            ),
         };
         layer(self.path.clone(), made)
     }
@@ -239,6 +265,10 @@ fn copy(path: PathBuf, write: Write) -> Result<Option<Layer>, Failure> {
     let kind = FileType::from_raw_mode(fstat(&place).at_path(Step::View, &path)?.st_mode);
     let is_device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
     let among_devices = path.starts_with("/dev");
+    if is_device && among_devices {
+        // Works read-only where it is; and /dev/ptmx in a mount of its own finds no terminals beside it.
+        return Ok(None);
+    }
     let mut set = NO_SUID;
     if !is_device && !among_devices {
         set |= NO_DEV;
@@ -249,33 +279,56 @@ fn copy(path: PathBuf, write: Write) -> Result<Option<Layer>, Failure> {
     layer(path, layers::clone_tree(place, set)).map(Some)
 }
 
-/// Nomad's root process writes and rotates the logs; whoever could create a link there would write through it as root. They
-/// lie at two paths: in the task's directory, and where Nomad opens them, which a job may have unveiled for writing.
-fn close_logs(root: &TaskRoot, outputs: &Stdio) -> Result<(), Failure> {
+/// Nomad's root process writes and rotates the logs; whoever could create a link there would write through it as root.
+fn close_logs(root: &TaskRoot) -> Result<(), Failure> {
     let path = root.path("alloc/logs");
     let logs = root
         .beneath("alloc/logs", OFlags::DIRECTORY)
         .at_path(Step::View, &path)?;
-    cover_read_only(&logs, &path)?;
-    let Stdio::Fifos { stdout, stderr } = outputs else {
-        return Ok(());
-    };
-    for pipe in [stdout, stderr] {
-        let backing = match stdio::open_log_directory(pipe) {
-            Ok(Some(directory)) => directory,
-            // Disabled, or hidden by a mask.
-            Ok(None) | Err(Errno::NOENT) => continue,
-            Err(errno) => return Err(errno).at_path(Step::View, pipe),
-        };
-        cover_read_only(&backing, pipe)?;
+    layers::clone_tree(&logs, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY)
+        .and_then(|tree| layers::move_onto(&tree, &logs))
+        .at_path(Step::View, &path)
+}
+
+/// Lets go of what belongs to other allocations: their secrets, their views, the network namespaces. In a tree that hears
+/// nothing of the host's unmounts they would live on for as long as this task, and within its reach.
+fn let_go_of_others(task_dir: &TaskDir) -> Result<(), Failure> {
+    let table = "/proc/self/mountinfo";
+    let text = fs::read(table).at_path(Step::View, table)?;
+    let text = String::from_utf8_lossy(&text);
+    for mount in mountinfo::parse(&text).filter(|mount| is_of_others(mount, task_dir)) {
+        // Gone already, with the one it was mounted on.
+        let _ = umount2(
+            &mount.point,
+            MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
+        );
     }
     Ok(())
 }
 
-fn cover_read_only(place: &OwnedFd, path: &Path) -> Result<(), Failure> {
-    layers::clone_tree(place, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY)
-        .and_then(|tree| layers::move_onto(&tree, place))
-        .at_path(Step::View, path)
+fn is_of_others(mount: &Mount, task_dir: &TaskDir) -> bool {
+    let point = &mount.point;
+    if point.starts_with(&task_dir.path) || task_dir.path.starts_with(point) {
+        return false;
+    }
+    let of_an_allocation = |base: Option<&Path>| {
+        let below = base.and_then(|base| point.strip_prefix(base).ok());
+        below
+            .and_then(|below| below.components().next())
+            .is_some_and(|first| begins_with_uuid(first.as_os_str().as_bytes()))
+    };
+    mount.filesystem == "nsfs"
+        || of_an_allocation(task_dir.path.parent())
+        || of_an_allocation(task_dir.alloc_dir.parent())
+}
+
+/// Nomad names an allocation's directories by its id; whatever else lies beside them is not Nomad's.
+fn begins_with_uuid(name: &[u8]) -> bool {
+    name.len() >= 36
+        && name[..36].iter().enumerate().all(|(at, byte)| match at {
+            8 | 13 | 18 | 23 => *byte == b'-',
+            _ => byte.is_ascii_hexdigit(),
+        })
 }
 
 fn layer(path: PathBuf, tree: Result<OwnedFd, Errno>) -> Result<Layer, Failure> {

@@ -73,13 +73,6 @@ fn non_empty(path: &Path) -> &Path {
     }
 }
 
-/// A place as its author wrote it.
-pub(super) fn written(place: &Place) -> &Path {
-    match place {
-        Place::Task(path) | Place::Host(path) => path,
-    }
-}
-
 /// An O_PATH descriptor of a path of the host, following links.
 pub(super) fn open_host(path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::open(path, flags | OFlags::PATH | OFlags::CLOEXEC, Mode::empty())

@@ -103,20 +103,8 @@ fn fifo(path: &Path, order: &Order) -> Result<Output, Failure> {
     Ok(Output::Fifo(pipe))
 }
 
+/// The path is `<alloc>/alloc/logs/<name>`, and tasks own `alloc`: from there on no link is followed.
 fn open_log(path: &Path) -> Result<OwnedFd, Errno> {
-    open_of_log(path, path)
-}
-
-/// The directory of a log pipe, as it is in the present mount namespace; `None` if the log is disabled.
-pub(super) fn open_log_directory(pipe: &Path) -> Result<Option<OwnedFd>, Errno> {
-    if pipe == Path::new("/dev/null") {
-        return Ok(None);
-    }
-    open_of_log(pipe, pipe.parent().unwrap_or(pipe)).map(Some)
-}
-
-/// The path of a log is `<alloc>/alloc/logs/<name>`, and tasks own `alloc`: from there on no link is followed.
-fn open_of_log(path: &Path, part: &Path) -> Result<OwnedFd, Errno> {
     let trusted = path.ancestors().nth(2).filter(|_| {
         path.components()
             .all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
@@ -124,7 +112,7 @@ fn open_of_log(path: &Path, part: &Path) -> Result<OwnedFd, Errno> {
     let (Some(trusted), true) = (trusted, path.is_absolute()) else {
         return Err(Errno::INVAL);
     };
-    let below = part.strip_prefix(trusted).map_err(|_| Errno::INVAL)?;
+    let below = path.strip_prefix(trusted).map_err(|_| Errno::INVAL)?;
     let directory = open_host(trusted, OFlags::DIRECTORY)?;
     open_without_links(&directory, below, OFlags::empty(), ResolveFlags::BENEATH)
 }

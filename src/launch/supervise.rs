@@ -18,9 +18,9 @@ use crate::sys::{self, SharedPage};
 
 /// The kernel's OOM killer takes it only when there is nothing else to take.
 const OOM_SCORE_ADJ: i16 = -999;
-/// Real, effective and saved group. prlimit(2) without CAP_SYS_RESOURCE wants the caller's group to be all three, and a root
+/// Real, effective and saved group, taken before the fork. prlimit(2) without CAP_SYS_RESOURCE wants the caller's group to be all three, and a root
 /// task, which may take any group, can be only one.
-const GROUPS: [u32; 3] = [65534, 65533, 65532];
+pub(super) const GROUPS: [u32; 3] = [65534, 65533, 65532];
 
 /// What the supervisor needs of the helper that it was.
 #[derive(Debug)]
@@ -74,7 +74,6 @@ fn withdraw(host_proc: &OwnedFd) -> Result<(), Failure> {
     let _ = rustix::thread::set_name(c"exec2-supervise");
     // Refused where the plugin itself may not lower it (no CAP_SYS_RESOURCE); then it keeps what it has.
     let _ = privileges::set_oom_score_adj(host_proc, OOM_SCORE_ADJ);
-    privileges::set_groups(GROUPS)?;
     privileges::drop_capabilities().at(Step::Fork)?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Fork)
 }

@@ -8,7 +8,7 @@ use rustix::process::{Resource, Rlimit, fchdir, setrlimit, setsid};
 
 use super::confine::Rules;
 use super::exec::Command;
-use super::place::{TaskRoot, written};
+use super::place::TaskRoot;
 use super::privileges;
 use super::report::{self, At, Failure};
 use super::stdio::Standard;
@@ -55,7 +55,7 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
 }
 
 fn enter_work_dir(order: &Order, root: &TaskRoot) -> Result<(), Failure> {
-    let path = written(&order.work_dir);
+    let path = order.work_dir.as_path();
     root.open_place(&order.work_dir, OFlags::DIRECTORY)
         .and_then(fchdir)
         .at_path(Step::WorkDir, path)

@@ -20,13 +20,15 @@ use crate::users::Account;
 use limits::{Compute, LimitError, Limits, QuotaGrain};
 use steps::{Order, Place, Stdio, TaskDir};
 use unit::UnitName;
-use unveil::{ByTask, Defaults, Gate, UnveilError};
+use unveil::{Alias, ByTask, Defaults, Gate, UnveilError};
 
 /// What was found out about the host and the task before anything is decided.
 #[derive(Debug, Clone)]
 pub struct Facts {
     pub account: Account,
     pub task_dir: TaskDir,
+    /// The names that directories of the task's own have on the host.
+    pub aliases: Vec<Alias>,
     pub compute: Option<Compute>,
     pub grain: QuotaGrain,
     /// The service that the agent runs in.
@@ -83,7 +85,7 @@ impl Plan {
         facts: &Facts,
     ) -> Result<Self, PlanError> {
         let options = &request.options;
-        let rules = unveil::rules(gate(config), &options.unveil, &facts.task_dir.path)?;
+        let rules = unveil::rules(gate(config), &options.unveil, &facts.aliases)?;
         let limits = Limits::new(&request.resources, facts.compute, facts.grain)?;
         let uid = facts.account.uid;
         let slice = if limits.allowed_cpus.is_some() {
@@ -256,9 +258,11 @@ mod tests {
             },
             task_dir: TaskDir {
                 path: "/m".into(),
+                alloc_dir: "/d".into(),
                 device: 1,
                 inode: 2,
             },
+            aliases: Vec::new(),
             compute: Some(Compute {
                 total_mhz: 4_000,
                 cores: 4,

@@ -2,7 +2,7 @@
 //! written here has been decided, and nobody who reads it decides again.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -170,6 +170,8 @@ pub struct Order {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskDir {
     pub path: PathBuf,
+    /// The allocation's directory, which backs this one: Nomad's root processes work there, tasks do not.
+    pub alloc_dir: PathBuf,
     /// Device and inode seen when the directory was verified; another one means that it was swapped.
     pub device: u64,
     pub inode: u64,
@@ -189,16 +191,26 @@ pub enum Stdio {
 /// A path, and from where it is opened.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Place {
-    /// Relative to the task's directory: opened beneath it, following no symbolic link.
+    /// Relative to the task's directory: opened beneath it. A link that leads out of it is an error.
     Task(PathBuf),
     /// Absolute, on the host: links are followed, as the operator or the job author meant.
     Host(PathBuf),
+}
+
+impl Place {
+    pub fn as_path(&self) -> &Path {
+        match self {
+            Place::Task(path) | Place::Host(path) => path,
+        }
+    }
 }
 
 /// One unveiled path.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     pub place: Place,
+    /// The path as its author wrote it, for error sentences.
+    pub written: PathBuf,
     pub access: Access,
     pub source: Source,
 }

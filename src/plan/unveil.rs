@@ -63,21 +63,44 @@ pub enum ByTask {
     Refused,
 }
 
+/// A directory of the task's own by a name that it has on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Alias {
+    pub host: PathBuf,
+    /// The same, relative to the task's directory.
+    pub own: PathBuf,
+}
+
+impl Alias {
+    pub fn new(host: &Path, own: &str) -> Self {
+        Self {
+            host: host.to_owned(),
+            own: own.into(),
+        }
+    }
+
+    fn below(&self, path: &Path) -> Option<PathBuf> {
+        let rest = path.strip_prefix(&self.host).ok()?;
+        Some(self.own.join(rest))
+    }
+}
+
 /// The rules of one task, in the order operator, driver, task, defaults.
 ///
-/// A path below `task_dir` counts as one of the task's own however it is written, as `${NOMAD_TASK_DIR}/data` for one: an
-/// earlier run may have planted links there, and they must not lead out.
+/// A path below one of `aliases` counts as one of the task's own, as `${NOMAD_TASK_DIR}/data` for one: an earlier run may have
+/// planted links there, and they must not lead out.
 pub fn rules(
     gate: Gate<'_>,
     by_task: &[String],
-    task_dir: &Path,
+    aliases: &[Alias],
 ) -> Result<Vec<Rule>, UnveilError> {
     if !by_task.is_empty() && gate.by_task == ByTask::Refused {
         return Err(UnveilError::NotByTask);
     }
     let mut rules = list("unveil_paths", gate.paths, Source::Plugin)?;
-    rules.extend(own().map(|(mode, place)| Rule {
+    rules.extend(own().map(|(mode, place, path)| Rule {
         place,
+        written: path.into(),
         access: mode,
         source: Source::Driver,
     }));
@@ -88,15 +111,16 @@ pub fn rules(
             .flat_map(|(mode, paths)| paths.iter().map(move |path| (mode, path)));
         rules.extend(defaults.map(|(mode, path)| Rule {
             place: Place::Host(PathBuf::from(path)),
+            written: path.into(),
             access: letters(mode),
             source: Source::Default,
         }));
     }
     for rule in &mut rules {
         if let Place::Host(path) = &rule.place
-            && let Ok(below) = path.strip_prefix(task_dir)
+            && let Some(own) = aliases.iter().find_map(|alias| alias.below(path))
         {
-            rule.place = Place::Task(below.to_owned());
+            rule.place = Place::Task(own);
         }
     }
     Ok(rules)
@@ -108,17 +132,14 @@ pub fn check(unveil_paths: &[String]) -> Result<(), UnveilError> {
 }
 
 /// What every task needs to work at all, whatever the operator veils.
-fn own() -> impl Iterator<Item = (Access, Place)> {
-    let below = |dir: &str| Place::Task(PathBuf::from(dir));
-    let host = |path: &str| Place::Host(PathBuf::from(path));
-    [
-        (letters("rwxc"), below("local")),
-        (letters("rwxc"), below("alloc")),
-        (letters("rwxc"), below("secrets")),
-        (letters("rwxc"), below("tmp")),
-        (letters("rw"), host("/dev/null")),
-    ]
-    .into_iter()
+fn own() -> impl Iterator<Item = (Access, Place, &'static str)> {
+    let below = |dir| (letters("rwxc"), Place::Task(PathBuf::from(dir)), dir);
+    let null = "/dev/null";
+    let null = (letters("rw"), Place::Host(PathBuf::from(null)), null);
+    ["local", "alloc", "secrets", "tmp"]
+        .map(below)
+        .into_iter()
+        .chain([null])
 }
 
 /// The default paths: those of exec2, and the task's own /dev/shm. Only those that exist at launch count.
@@ -189,6 +210,7 @@ fn list(key: &'static str, entries: &[String], source: Source) -> Result<Vec<Rul
         .iter()
         .map(|entry| {
             parse(key, entry).map(|(access, place)| Rule {
+                written: place.as_path().to_owned(),
                 place,
                 access,
                 source,
@@ -320,10 +342,18 @@ mod tests {
         defaults: Defaults::Veiled,
         by_task: ByTask::Allowed,
     };
-    const TASK_DIR: &str = "/m";
+
+    fn aliases() -> Vec<Alias> {
+        [("/m", ""), ("/d/web", ""), ("/d/alloc", "alloc")]
+            .map(|(host, own)| Alias {
+                host: host.into(),
+                own: own.into(),
+            })
+            .into()
+    }
 
     fn of(entry: &str) -> Result<Rule, UnveilError> {
-        let rules = rules(OPEN, &[entry.to_owned()], TASK_DIR.as_ref())?;
+        let rules = rules(OPEN, &[entry.to_owned()], &aliases())?;
         Ok(rules
             .into_iter()
             .find(|rule| rule.source == Source::Task)
@@ -363,11 +393,13 @@ mod tests {
                 Place::Task("local/../../etc".into()),
             ),
             ("r:/m", Place::Task("".into())),
+            ("r:/d/web/local/x", Place::Task("local/x".into())),
+            ("r:/d/alloc/data", Place::Task("alloc/data".into())),
             ("r:/mm/x", Place::Host("/mm/x".into())),
         ] {
             assert_eq!(of(entry).unwrap().place, place);
         }
-        let rules = rules(OPEN, &["rwc:/m/local".to_owned()], TASK_DIR.as_ref()).unwrap();
+        let rules = rules(OPEN, &["rwc:/m/local".to_owned()], &aliases()).unwrap();
         assert_eq!(view(&rules, 0).writable, Vec::<PathBuf>::new());
     }
 
@@ -403,17 +435,17 @@ mod tests {
             ..OPEN
         };
         assert_eq!(
-            rules(gate, &["r:/x".to_owned()], TASK_DIR.as_ref()),
+            rules(gate, &["r:/x".to_owned()], &aliases()),
             Err(UnveilError::NotByTask)
         );
-        assert!(rules(gate, &[], TASK_DIR.as_ref()).is_ok());
+        assert!(rules(gate, &[], &aliases()).is_ok());
     }
 
     #[test]
     fn ten_thousand_entries_are_refused() {
         let many = vec!["r:/x".to_owned(); 10_000];
         assert_eq!(
-            rules(OPEN, &many, TASK_DIR.as_ref()),
+            rules(OPEN, &many, &aliases()),
             Err(UnveilError::TooMany {
                 key: "unveil",
                 count: 10_000
@@ -423,7 +455,7 @@ mod tests {
 
     #[test]
     fn the_tasks_own_directories_are_open_without_the_defaults() {
-        let rules = rules(OPEN, &[], TASK_DIR.as_ref()).unwrap();
+        let rules = rules(OPEN, &[], &aliases()).unwrap();
         let places: Vec<_> = rules.iter().map(|rule| rule.place.clone()).collect();
         for dir in ["local", "alloc", "secrets", "tmp"] {
             assert!(places.contains(&Place::Task(dir.into())), "{dir}");
@@ -457,7 +489,7 @@ mod tests {
     #[test]
     fn what_is_unveiled_for_writing_stays_writable_and_nothing_else() {
         let entries = ["rwc:/srv/data", "rx:/opt", "w:/var/log/x.log"].map(str::to_owned);
-        let view = view(&rules(OPEN, &entries, TASK_DIR.as_ref()).unwrap(), 80_001);
+        let view = view(&rules(OPEN, &entries, &aliases()).unwrap(), 80_001);
         assert_eq!(
             view.writable,
             [PathBuf::from("/srv/data"), PathBuf::from("/var/log/x.log")]
@@ -467,13 +499,8 @@ mod tests {
 
     #[test]
     fn a_socket_of_a_manager_comes_back_only_when_unveiled_for_writing() {
-        let kept = |entry: &str| {
-            view(
-                &rules(OPEN, &[entry.to_owned()], TASK_DIR.as_ref()).unwrap(),
-                0,
-            )
-            .kept
-        };
+        let kept =
+            |entry: &str| view(&rules(OPEN, &[entry.to_owned()], &aliases()).unwrap(), 0).kept;
         assert_eq!(kept("r:/run/dbus"), Vec::<PathBuf>::new());
         assert_eq!(kept("r:/run"), Vec::<PathBuf>::new());
         assert_eq!(kept("r:/var/run/systemd/private"), Vec::<PathBuf>::new());
@@ -488,19 +515,11 @@ mod tests {
     #[test]
     fn the_whole_tree_is_left_alone_only_for_a_task_that_may_write_all_of_it() {
         assert_eq!(
-            view(
-                &rules(OPEN, &["rw:/".to_owned()], TASK_DIR.as_ref()).unwrap(),
-                0
-            )
-            .tree,
+            view(&rules(OPEN, &["rw:/".to_owned()], &aliases()).unwrap(), 0).tree,
             Tree::AsIs
         );
         assert_eq!(
-            view(
-                &rules(OPEN, &["rx:/".to_owned()], TASK_DIR.as_ref()).unwrap(),
-                0
-            )
-            .tree,
+            view(&rules(OPEN, &["rx:/".to_owned()], &aliases()).unwrap(), 0).tree,
             Tree::ReadOnly
         );
     }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::plan::steps::TaskDir;
+use crate::plan::unveil::Alias;
 
 #[derive(Debug, Error)]
 pub enum DirError {
@@ -40,12 +41,22 @@ const VARIABLES: [(&str, &str); 3] = [
     ("NOMAD_SECRETS_DIR", "secrets"),
 ];
 
-/// M, and the uid that owns it: Nomad gives it to the task's user.
+/// M, and what is known of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    pub task_dir: TaskDir,
+    /// Nomad gives M to the task's user.
+    pub owner: u32,
+    /// The names by which a job, or Nomad, may call it and its `alloc`.
+    pub aliases: Vec<Alias>,
+}
+
+/// Finds M.
 pub fn find(
     alloc_dir: &Path,
     task: &str,
     env: &BTreeMap<String, String>,
-) -> Result<(TaskDir, u32), DirError> {
+) -> Result<Found, DirError> {
     for (variable, child) in VARIABLES {
         if let Some(value) = env.get(variable) {
             let is_real = same(Path::new(value), &backing(alloc_dir, task, child));
@@ -68,26 +79,38 @@ pub fn find(
         .get("NOMAD_TASK_DIR")
         .and_then(|dir| Path::new(dir).parent())
         .map(Path::to_owned);
-    told.into_iter()
+    let missing = || DirError::Missing(alloc_dir.join(task));
+    let dir = told
+        .into_iter()
         .chain([alloc_dir.join(task)])
         .find(|dir| {
             VARIABLES
                 .iter()
                 .all(|(_, child)| same(&dir.join(child), &backing(alloc_dir, task, child)))
         })
-        .and_then(|dir| {
-            let path = fs::canonicalize(dir).ok()?;
-            let meta = fs::metadata(&path).ok()?;
-            Some((
-                TaskDir {
-                    path,
-                    device: meta.dev(),
-                    inode: meta.ino(),
-                },
-                meta.uid(),
-            ))
-        })
-        .ok_or_else(|| DirError::Missing(alloc_dir.join(task)))
+        .ok_or_else(missing)?;
+    let real = |path: &Path| fs::canonicalize(path).map_err(|_| missing());
+    let (path, real_alloc_dir) = (real(&dir)?, real(alloc_dir)?);
+    let meta = fs::metadata(&path).map_err(|_| missing())?;
+    let mut aliases = vec![
+        Alias::new(&dir, ""),
+        Alias::new(&path, ""),
+        Alias::new(&alloc_dir.join(task), ""),
+        Alias::new(&real_alloc_dir.join(task), ""),
+        Alias::new(&alloc_dir.join("alloc"), "alloc"),
+        Alias::new(&real_alloc_dir.join("alloc"), "alloc"),
+    ];
+    aliases.dedup();
+    Ok(Found {
+        task_dir: TaskDir {
+            path,
+            alloc_dir: real_alloc_dir,
+            device: meta.dev(),
+            inode: meta.ino(),
+        },
+        owner: meta.uid(),
+        aliases,
+    })
 }
 
 /// Where a directory of M really lies: `alloc` is shared by the tasks of the allocation.

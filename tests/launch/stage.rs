@@ -16,7 +16,7 @@ use nomad_driver_exec2::launch::report::{Failure, Message, receive, release};
 use nomad_driver_exec2::launch::{Parked, spawn};
 use nomad_driver_exec2::plan::capabilities;
 use nomad_driver_exec2::plan::steps::{Order, Place, Rule, Source, Stdio, TaskDir};
-use nomad_driver_exec2::plan::unveil::{self, ByTask, Defaults, Gate};
+use nomad_driver_exec2::plan::unveil::{self, Alias, ByTask, Defaults, Gate};
 use nomad_driver_exec2::record::{self, Exit, Record};
 use rustix::process::{Resource, Signal, getrlimit, pidfd_send_signal};
 use tempfile::TempDir;
@@ -112,7 +112,7 @@ impl Stage {
         let found = fs::metadata(&self.task_dir).unwrap();
         let limit = getrlimit(Resource::Nofile);
         let number = |value: Option<u64>| value.unwrap_or(libc::RLIM_INFINITY);
-        let rules = unveil::rules(gate(Defaults::Unveiled), &[], &self.task_dir).unwrap();
+        let rules = unveil::rules(gate(Defaults::Unveiled), &[], &[]).unwrap();
         Order {
             command: command.into(),
             args: args.iter().map(ToString::to_string).collect(),
@@ -133,6 +133,7 @@ impl Stage {
             },
             task_dir: TaskDir {
                 path: self.task_dir.clone(),
+                alloc_dir: self.dir.path().join("alloc-dir"),
                 device: found.dev(),
                 inode: found.ino(),
             },
@@ -221,9 +222,17 @@ pub trait Changed {
     fn unveiling(self, mode: &str, path: impl AsRef<Path>) -> Self;
     fn unveiled_by(self, source: Source, mode: &str, path: impl AsRef<Path>) -> Self;
     fn as_root(&self) -> Self;
+    fn without_logs(self) -> Self;
 }
 
 impl Changed for Order {
+    fn without_logs(self) -> Order {
+        Order {
+            stdio: Stdio::Null,
+            ..self
+        }
+    }
+
     /// As the job asks for it.
     fn unveiling(self, mode: &str, path: impl AsRef<Path>) -> Order {
         self.unveiled_by(Source::Task, mode, path)
@@ -231,7 +240,8 @@ impl Changed for Order {
 
     fn unveiled_by(mut self, source: Source, mode: &str, path: impl AsRef<Path>) -> Order {
         let entry = format!("{mode}:{}", path.as_ref().display());
-        let rules = unveil::rules(gate(Defaults::Veiled), &[entry], &self.task_dir.path).unwrap();
+        let aliases = [Alias::new(&self.task_dir.path, "")];
+        let rules = unveil::rules(gate(Defaults::Veiled), &[entry], &aliases).unwrap();
         let asked = rules.into_iter().filter(|rule| rule.source == Source::Task);
         self.rules.extend(asked.map(|rule| Rule { source, ..rule }));
         self.view = unveil::view(&self.rules, self.uid);

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nomad_driver_exec2::plan::steps::Order;
+use nomad_driver_exec2::plan::steps::{Order, Stdio};
 
 use crate::stage::{Changed, Stage, Task, USERS, file, make};
 
@@ -88,6 +88,91 @@ fn the_logs_are_read_only_where_nomad_opens_them_even_if_that_is_unveiled() {
         let order = attack(&stage, &stage.logs);
         let order = order.unveiling("rwc", stage.host("alloc-dir"));
         assert_closed(&stage, &user(&order));
+    }
+}
+
+/// Whatever is unveiled, and whether or not this task has logs: those of its neighbours lie there, too.
+#[test]
+fn the_allocation_is_read_only_but_by_way_of_the_tasks_directory() {
+    for user in USERS {
+        let stage = Stage::new();
+        let script = format!(
+            "cd {}; mv alloc away; mkdir -p alloc/logs; touch alloc/data/x; ln -s /etc alloc/logs/other.stdout.1
+            touch {}/alloc/data/y && echo by its own",
+            stage.host("alloc-dir").display(),
+            stage.task_dir.display()
+        );
+        for mut order in [stage.script(&script), stage.script(&script).without_logs()] {
+            order = user(&order).unveiling("rwc", stage.host(""));
+            let outcome = stage.run(&order);
+            if order.stdio != Stdio::Null {
+                assert_eq!(outcome.stdout, "by its own\n", "{}", outcome.stderr);
+            }
+            assert!(stage.logs.exists());
+            assert!(stage.host("alloc-dir/alloc/data/y").exists());
+            assert!(!stage.host("alloc-dir/alloc/data/x").exists());
+            assert!(!stage.logs.join("other.stdout.1").is_symlink());
+        }
+    }
+}
+
+#[test]
+fn mounts_of_other_allocations_are_let_go_of() {
+    let stage = Stage::new();
+    let id = "0a1b2c3d-1111-2222-3333-444455556666";
+    let [secrets, backing, kept] = [
+        format!("mounts/{id}-web/secrets"),
+        format!("{id}/web/alloc"),
+        "mounts/not-an-allocation".into(),
+    ]
+    .map(|name| {
+        let point = stage.host(&name);
+        make(&point, 0o755);
+        mount(
+            Some("tmpfs"),
+            &point,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
+        point
+    });
+    let task = stage.start(&stage.idle()).unwrap();
+    let seen: Vec<_> = mounts(&task).into_iter().map(|(point, _)| point).collect();
+    assert!(
+        !seen.contains(&secrets) && !seen.contains(&backing),
+        "{seen:?}"
+    );
+    assert!(seen.contains(&kept), "{seen:?}");
+    for point in [secrets, backing, kept] {
+        umount2(&point, MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+/// A terminal that is opened by its path, as `tty` and `tmux` do it, is never one of the host's.
+#[test]
+fn terminals_are_the_tasks_own_and_work() {
+    let hosts = nix::pty::openpty(None, None).unwrap();
+    let path = nix::unistd::ttyname(&hosts.slave).unwrap();
+    let mode = || fs::metadata(&path).unwrap().mode();
+    let before = mode();
+    for user in USERS {
+        let stage = Stage::new();
+        let script = format!(
+            "chmod 666 {} 2>/dev/null; exec perl -e '$| = 1;
+            open my $m, \"+<\", \"/dev/ptmx\" or die \"ptmx: $!\";
+            my $n = pack \"i\", 0; ioctl $m, 0x40045431, $n or die; ioctl $m, 0x80045430, $n or die;
+            open my $s, \"+<\", \"/dev/pts/\" . unpack \"i\", $n or die \"slave: $!\"; print -t $s ? \"tty\\n\" : \"none\\n\"'",
+            path.display()
+        );
+        let order = stage
+            .script(&script)
+            .unveiling("rw", "/dev/ptmx")
+            .unveiling("rw", "/dev/pts");
+        let outcome = stage.run(&user(&order));
+        assert_eq!(outcome.stdout, "tty\n", "{}", outcome.stderr);
+        assert_eq!(mode(), before);
     }
 }
 
