@@ -121,9 +121,16 @@ impl Run {
         )?;
         let request = self.request(&account, &alloc_id, name, dir.path(), &paths);
         tasks.set_up(config(), Some(host::compute())).await;
-        let result = attend(&tasks, request, &mut stops).await;
-        dir.remove()?;
-        result
+        let id = request.id.clone();
+        let ended = attend(&tasks, request, &mut stops).await;
+        // What is known of its end is told, whatever becomes of the directories. A task that could not be destroyed, and is
+        // still known therefore, keeps them.
+        if tasks.inspect(&id).await.is_ok() {
+            dir.leave();
+        } else if let Err(error) = dir.remove() {
+            complain(&error);
+        }
+        ended
     }
 
     fn request(
@@ -199,7 +206,7 @@ fn config() -> PluginConfig {
     }
 }
 
-/// Starts the task and stays with it until nothing of it is left.
+/// Starts the task and stays with it to its end.
 async fn attend(
     tasks: &TaskTable,
     request: TaskRequest,
@@ -215,17 +222,20 @@ async fn attend(
     print_warnings(&mut events).await;
     let ended = follow(tasks, &id, stops).await;
     print_warnings(&mut events).await;
-    // Whatever went wrong, nothing of the task may outlive its directories; and what is known of its end is told.
-    let destroyed = tasks.destroy(&id, Destroy::EvenIfRunning).await;
-    if destroyed.is_ok() {
-        // Nothing that could write is left, so both ends come at once.
-        for copy in [copy_stdout, copy_stderr] {
-            let _ = copy.join();
+    // Until the task is destroyed, something could still write.
+    match tasks.destroy(&id, Destroy::EvenIfRunning).await {
+        Ok(()) => {
+            for copy in [copy_stdout, copy_stderr] {
+                let _ = copy.join();
+            }
         }
+        Err(error) => complain(&error),
     }
-    let result = ended?;
-    destroyed?;
-    Ok(result)
+    Ok(ended?)
+}
+
+fn complain(error: &dyn std::error::Error) {
+    let _ = writeln!(io::stderr(), "nomad-driver-exec2: {error}");
 }
 
 /// What the events so far warn of: a limit that is not in force, an end by the OOM killer.

@@ -5,10 +5,11 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
+use tracing::{error, warn};
 
 use super::{convert, errors, hclspec};
 use crate::config::schema;
@@ -19,7 +20,8 @@ use crate::proto::hashicorp::nomad::plugins::drivers::proto::driver_capabilities
 };
 use crate::proto::hashicorp::nomad::plugins::drivers::proto::network_isolation_spec::NetworkIsolationMode;
 use crate::task::Tasks;
-use crate::task::types::{Destroy, DriverError, Fingerprint, Saved, TaskId};
+use crate::task::types::{Destroy, DriverError, Fingerprint, Saved, TaskId, TaskRequest};
+use crate::text::UnitText;
 
 /// A fingerprint that did not change is told again this often.
 const FINGERPRINT_PERIOD: Duration = Duration::from_secs(90);
@@ -49,6 +51,25 @@ impl<T: Tasks> Driver<T> {
         let verb = tokio::spawn(verb(Arc::clone(&self.tasks)));
         verb.await
             .map_err(|error| errors::permanent(format!("the driver failed: {error}")))
+    }
+}
+
+impl<T: Tasks> Driver<T> {
+    /// Carried to its end, too; but a task that the agent did not live to hear of is one that nobody will ever stop.
+    async fn start(&self, task: TaskRequest) -> Result<Result<Saved, DriverError>, Status> {
+        let (answer, answered) = oneshot::channel();
+        let (tasks, id) = (Arc::clone(&self.tasks), task.id.clone());
+        tokio::spawn(async move {
+            let started = tasks.start(task).await;
+            if let Err(Ok(_)) = answer.send(started) {
+                warn!(task_id = %UnitText::new(id.as_str()), "the agent went away during a start; the task is destroyed");
+                if let Err(error) = tasks.destroy(&id, Destroy::EvenIfRunning).await {
+                    error!(task_id = %UnitText::new(id.as_str()), "it cannot be destroyed: {error}");
+                }
+            }
+        });
+        let answered = answered.await;
+        answered.map_err(|error| errors::permanent(format!("the driver failed: {error}")))
     }
 }
 
@@ -171,10 +192,7 @@ impl<T: Tasks> wire::driver_server::Driver for Driver<T> {
         };
         let options = options(&config.msgpack_driver_config)?;
         let task = convert::request(config.clone(), options);
-        let saved = self
-            .carry(|tasks| async move { tasks.start(task).await })
-            .await?
-            .map_err(errors::status)?;
+        let saved = self.start(task).await?.map_err(errors::status)?;
         // Nomad keeps this handle, not its own: without the whole configuration in it nothing can be recovered.
         let handle = wire::TaskHandle {
             version: saved.version,

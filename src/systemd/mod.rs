@@ -321,11 +321,14 @@ impl Answer {
     }
 }
 
-/// Errors that say no more than "not now": a limit of the bus, or one of systemd's own that has an errno for its name.
+/// Errors that say no more than "not now".
 fn is_passing(name: &str) -> bool {
     [
         "org.freedesktop.DBus.Error.LimitsExceeded",
         "org.freedesktop.DBus.Error.NoMemory",
+        // Another job of the unit or its slice is under way, as while an operator stops the slice.
+        "org.freedesktop.systemd1.TransactionIsDestructive",
+        "org.freedesktop.systemd1.ShuttingDown",
         "System.Error.EAGAIN",
         "System.Error.EBUSY",
         "System.Error.EMFILE",

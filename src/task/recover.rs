@@ -9,12 +9,12 @@ use tokio::sync::watch;
 use tracing::info;
 
 use super::state::{DriverState, Process, boot_id};
-use super::table::{Task, TaskTable, record_path};
+use super::table::{Task, TaskTable};
 use super::types::{DriverError, Saved, TaskRequest};
 use super::wait;
 use crate::cgroup::Cgroup;
 use crate::plan::unit::UnitName;
-use crate::record::{self, Record};
+use crate::record::Record;
 use crate::text::UnitText;
 
 impl TaskTable {
@@ -69,11 +69,15 @@ fn revive(request: &TaskRequest, state: &DriverState) -> Result<Task, DriverErro
         unit,
     };
     if task.supervisor_pidfd.is_none() {
-        let page = std::fs::read(record_path(&task.unit)).unwrap_or_default();
-        if !matches!(record::read(&page), Record::Exited(_)) {
-            return Err(gone("its supervisor is gone and left no exit record"));
+        match wait::read_record(&task.unit) {
+            Ok(record @ Record::Exited(_)) => {
+                let ended = wait::outcome(&task, record, None);
+                task.exit.send_replace(Some(ended));
+            }
+            Ok(_) => return Err(gone("its supervisor is gone and left no exit record")),
+            // Whoever watches it will read it.
+            Err(_) => {}
         }
-        task.exit.send_replace(Some(wait::outcome(&task, None)));
     }
     Ok(task)
 }

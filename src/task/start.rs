@@ -13,7 +13,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::dir;
+use super::dir::{self, Found};
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::table::{Task, TaskTable, create_record, lock, record_path, remove_record, send};
 use super::types::{DriverError, Saved, TaskRequest};
@@ -21,7 +21,7 @@ use crate::cgroup::Cgroup;
 use crate::host;
 use crate::launch::report::{self, Failure, Message};
 use crate::launch::{self, Parked};
-use crate::plan::steps::{Stdio, TaskDir};
+use crate::plan::steps::Stdio;
 use crate::plan::{Facts, Plan, signal};
 use crate::sys;
 use crate::systemd::{Scope, SystemdError};
@@ -101,20 +101,20 @@ impl TaskTable {
     async fn plan(&self, request: &TaskRequest) -> Result<Plan, DriverError> {
         let settings = self.settings();
         let asked = request.clone();
-        let (account, task_dir) =
-            timeout(LOOK_UP_PATIENCE, spawn_blocking(move || look_up(&asked)))
-                .await
-                .map_err(|_| {
-                    DriverError::Transient(format!(
-                        "user {:?} or the task's directory could not be looked up within {} s",
-                        request.user,
-                        LOOK_UP_PATIENCE.as_secs()
-                    ))
-                })?
-                .map_err(|error| DriverError::Permanent(error.to_string()))??;
+        let (account, found) = timeout(LOOK_UP_PATIENCE, spawn_blocking(move || look_up(&asked)))
+            .await
+            .map_err(|_| {
+                DriverError::Transient(format!(
+                    "user {:?} or the task's directory could not be looked up within {} s",
+                    request.user,
+                    LOOK_UP_PATIENCE.as_secs()
+                ))
+            })?
+            .map_err(|error| DriverError::Permanent(error.to_string()))??;
         let facts = Facts {
             account,
-            task_dir,
+            task_dir: found.task_dir,
+            aliases: found.aliases,
             compute: settings.compute,
             grain: *lock(&self.shared.grain),
             agent_unit: host::agent_unit(),
@@ -156,7 +156,7 @@ impl TaskTable {
             // While the helper holds it: the cgroup of a command that ends at once is gone before anything else is done.
             let differences = differences(plan, &cgroup);
             report::release(&helper.parked.control).map_err(|error| {
-                DriverError::Permanent(format!("the helper cannot be released: {error}"))
+                DriverError::Transient(format!("the helper cannot be released: {error}"))
             })?;
             match helper.next().await? {
                 (Message::Started, Some(main)) => {
@@ -166,8 +166,9 @@ impl TaskTable {
                     assemble(request, plan, &helper, cgroup, main)
                 }
                 (Message::Failed(failure), _) => Err(failed(&failure)),
-                _ => Err(DriverError::Permanent(
-                    "the helper answered out of turn".into(),
+                // `Started` without its descriptor: there was none left to receive it with.
+                _ => Err(DriverError::Transient(
+                    "the helper's answer did not arrive whole".into(),
                 )),
             }
         };
@@ -237,8 +238,8 @@ impl TaskTable {
         };
         match started {
             Ok(()) => is_inside().ok_or_else(|| {
-                DriverError::Permanent(format!(
-                    "systemd started {}, but the helper is not in it",
+                DriverError::Transient(format!(
+                    "systemd started {}, but the helper is not in it; was it killed?",
                     plan.unit
                 ))
             }),
@@ -340,18 +341,22 @@ pub(super) fn refused(error: SystemdError) -> DriverError {
 }
 
 /// Facts that need the host's files: the user and the task's directory.
-fn look_up(request: &TaskRequest) -> Result<(Account, TaskDir), DriverError> {
-    let failed = |error: &dyn std::error::Error| DriverError::Permanent(error.to_string());
-    let (task_dir, owner) = dir::find(&request.alloc_dir, &request.names.task, &request.env)
-        .map_err(|error| failed(&error))?;
+fn look_up(request: &TaskRequest) -> Result<(Account, Found), DriverError> {
+    let found = dir::find(&request.alloc_dir, &request.names.task, &request.env)
+        .map_err(|error| DriverError::Permanent(error.to_string()))?;
     let account = match users::look_up(&request.user) {
         // After an agent restart Nomad forgets the dynamic user it picked, but the directory still belongs to it.
         Err(UserError::Unset) => {
-            users::look_up(&users::dynamic(owner).name).map_err(|_| UserError::Unset)
+            users::look_up(&users::dynamic(found.owner).name).map_err(|_| UserError::Unset)
         }
-        found => found,
+        account => account,
     };
-    Ok((account.map_err(|error| failed(&error))?, task_dir))
+    let account = account.map_err(|error| match error {
+        // A directory service that restarts.
+        UserError::Lookup(..) => DriverError::Transient(error.to_string()),
+        _ => DriverError::Permanent(error.to_string()),
+    })?;
+    Ok((account, found))
 }
 
 /// The helper between its spawn and the command's exec.
@@ -377,7 +382,7 @@ impl Helper {
     /// Its next message.
     async fn next(&self) -> Result<(Message, Option<OwnedFd>), DriverError> {
         let failed = |error: io::Error| {
-            DriverError::Permanent(format!("the helper cannot be heard: {error}"))
+            DriverError::Transient(format!("the helper cannot be heard: {error}"))
         };
         let control = self
             .parked
@@ -405,7 +410,7 @@ impl Helper {
             warn!("a helper cannot be killed: {error}");
         }
         let pidfd = self.parked.pidfd;
-        let reaped = tokio::spawn(async move { super::wait::reaped(&pidfd).await });
+        let reaped = tokio::spawn(super::wait::reaped(pidfd));
         if timeout(AFTER_KILL, reaped).await.is_err() {
             warn!(
                 "a killed helper has not ended yet: uninterruptible sleep, as on a hung NFS mount?"

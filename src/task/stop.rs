@@ -19,6 +19,9 @@ const AFTER_KILL: Duration = Duration::from_secs(2);
 /// How long the scope may take to empty after that; then the call fails and Nomad tries again.
 const AFTER_KILL_ALL: Duration = Duration::from_secs(10);
 
+/// Before a destroy that failed is tried again.
+const DESTROY_AGAIN: Duration = Duration::from_secs(10);
+
 impl TaskTable {
     /// Sends `signal` to the main process, and kills the task if it has not ended after `timeout`. Returns when its scope
     /// is empty.
@@ -40,9 +43,7 @@ impl TaskTable {
                 signal::DEFAULT_KILL
             }),
         };
-        send(task.main_pidfd.as_ref(), number).map_err(|error| {
-            DriverError::Permanent(format!("failed to signal {}: {error}", task.unit))
-        })?;
+        task.signal(number)?;
         if !task.ends_within(timeout).await {
             task.kill().await?;
         }
@@ -54,20 +55,36 @@ impl TaskTable {
         let number =
             signal::parse(signal).map_err(|error| DriverError::Permanent(error.to_string()))?;
         let task = self.find(id).ok_or(DriverError::UnknownTask)?;
-        send(task.main_pidfd.as_ref(), number).map_err(|error| {
-            DriverError::Permanent(format!("failed to signal {}: {error}", task.unit))
-        })
+        task.signal(number)
     }
 
     /// Forgets a task and removes all that is left of it. An id that we do not know is cleaned up by its name alone: after
     /// a failed recovery Nomad has nothing else.
     pub(super) async fn destroy_task(&self, id: &TaskId, how: Destroy) -> Result<(), DriverError> {
-        let unit = match self.find(id) {
+        let task = self.find(id);
+        if how == Destroy::OnlyIfEnded && task.as_ref().is_some_and(|task| task.ended().is_none()) {
+            return Err(DriverError::Permanent("cannot destroy running task".into()));
+        }
+        let destroyed = self.destroy_now(id, task.as_deref()).await;
+        if destroyed.is_err() {
+            // Nomad asks once, whatever the answer.
+            let (tasks, id) = (self.clone(), id.clone());
+            tokio::spawn(async move {
+                loop {
+                    tokio::time::sleep(DESTROY_AGAIN).await;
+                    if tasks.destroy_now(&id, task.as_deref()).await.is_ok() {
+                        return;
+                    }
+                }
+            });
+        }
+        destroyed
+    }
+
+    async fn destroy_now(&self, id: &TaskId, task: Option<&Task>) -> Result<(), DriverError> {
+        let unit = match task {
             Some(task) => {
                 if task.ended().is_none() {
-                    if how == Destroy::OnlyIfEnded {
-                        return Err(DriverError::Permanent("cannot destroy running task".into()));
-                    }
                     task.kill().await?;
                 }
                 task.empty().await?;
@@ -95,13 +112,22 @@ impl TaskTable {
 }
 
 impl Task {
+    /// Sends a signal to the main process.
+    fn signal(&self, number: i32) -> Result<(), DriverError> {
+        if number == signal::KILL {
+            self.is_killed.store(true, Ordering::Relaxed);
+        }
+        send(self.main_pidfd.as_ref(), number).map_err(|error| {
+            DriverError::Permanent(format!("failed to signal {}: {error}", self.unit))
+        })
+    }
+
     /// SIGKILL to the main process, then to the scope.
     async fn kill(&self) -> Result<(), DriverError> {
         let failed = |error: std::io::Error| {
             DriverError::Permanent(format!("failed to kill {}: {error}", self.unit))
         };
-        self.is_killed.store(true, Ordering::Relaxed);
-        send(self.main_pidfd.as_ref(), signal::KILL).map_err(failed)?;
+        self.signal(signal::KILL)?;
         if self.ends_within(AFTER_KILL).await {
             return Ok(());
         }

@@ -1,6 +1,7 @@
 //! How a task ended: woken by the supervisor's pidfd, told by its record.
 
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,12 +13,13 @@ use tracing::{error, info};
 use super::table::{Ended, Task, TaskTable, record_path};
 use super::types::ExitResult;
 use crate::plan::signal;
+use crate::plan::unit::UnitName;
 use crate::record::{self, Record};
 use crate::sys;
 use crate::text::UnitText;
 
-/// Before a watch that could not be set up is tried again.
-const WATCH_AGAIN: Duration = Duration::from_secs(1);
+/// Before what failed for want of descriptors is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 impl TaskTable {
     /// Watches a task until it ends, however long that takes.
@@ -25,14 +27,20 @@ impl TaskTable {
         let tasks = self.clone();
         tokio::spawn(async move {
             if let Some(pidfd) = &task.supervisor_pidfd {
-                // Without a descriptor left to watch with, the task still runs: what is said of it must wait.
-                while let Err(reason) = readable(pidfd).await {
-                    error!(task_id = %UnitText::new(task.id.as_str()), %reason, "the supervisor cannot be watched");
-                    tokio::time::sleep(WATCH_AGAIN).await;
-                }
+                over(pidfd, &task.unit).await;
             }
             let killed = task.supervisor_pidfd.as_ref().and_then(reap);
-            let ended = outcome(&task, killed);
+            // Without a descriptor left to read with, the record is there all the same.
+            let record = loop {
+                match read_record(&task.unit) {
+                    Ok(record) => break record,
+                    Err(reason) => {
+                        error!(unit = %task.unit, %reason, "the exit record cannot be read; trying again");
+                        tokio::time::sleep(AGAIN).await;
+                    }
+                }
+            };
+            let ended = outcome(&task, record, killed);
             info!(
                 task_id = %UnitText::new(task.id.as_str()),
                 unit = %task.unit,
@@ -69,16 +77,34 @@ impl Task {
 }
 
 /// Until the process has ended. PID 1 of a PID namespace ends only after every process in it.
-async fn readable(pidfd: &OwnedFd) -> std::io::Result<()> {
+async fn readable(pidfd: &OwnedFd) -> io::Result<()> {
     let _ready = sys::readable(pidfd.try_clone()?)?.readable().await?;
     Ok(())
 }
 
+/// The same, however long it takes to get a descriptor to watch with: until then the process counts as alive.
+async fn over(pidfd: &OwnedFd, unit: &UnitName) {
+    while let Err(reason) = readable(pidfd).await {
+        error!(%unit, %reason, "the supervisor cannot be watched; trying again");
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
 /// Until a helper that never became a supervisor has ended and is reaped.
-pub(super) async fn reaped(pidfd: &OwnedFd) -> std::io::Result<()> {
-    readable(pidfd).await?;
-    reap(pidfd);
-    Ok(())
+pub(super) async fn reaped(pidfd: OwnedFd) {
+    while readable(&pidfd).await.is_err() {
+        tokio::time::sleep(AGAIN).await;
+    }
+    reap(&pidfd);
+}
+
+/// A record that is not there is torn; one that cannot be read may be whole.
+pub(super) fn read_record(unit: &UnitName) -> io::Result<Record> {
+    match fs::read(record_path(unit)) {
+        Ok(page) => Ok(record::read(&page)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Record::Torn),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reaps the supervisor if it is our child, and tells the signal that killed it, if one did.
@@ -93,10 +119,9 @@ fn reap(pidfd: &OwnedFd) -> Option<i32> {
 }
 
 /// The truth about an end. A missing or torn record is a failure, never success.
-pub(super) fn outcome(task: &Task, supervisor_killed_by: Option<i32>) -> Ended {
-    let page = fs::read(record_path(&task.unit)).unwrap_or_default();
+pub(super) fn outcome(task: &Task, record: Record, supervisor_killed_by: Option<i32>) -> Ended {
     let now = SystemTime::now();
-    match (record::read(&page), supervisor_killed_by) {
+    match (record, supervisor_killed_by) {
         (Record::Exited(exit), _) => Ended {
             result: ExitResult {
                 // 128 + n is what a shell and Nomad's own executor say of signal n.

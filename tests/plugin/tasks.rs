@@ -69,7 +69,7 @@ async fn a_mistake_in_the_job_is_one_sentence_and_a_passing_trouble_is_recoverab
 }
 
 #[tokio::test]
-async fn a_start_is_carried_to_its_end_when_the_agent_dies_in_it() {
+async fn a_start_that_the_agent_does_not_live_to_hear_of_is_undone() {
     let served = serve().await;
     let doomed = Client::connect(&served.socket).await;
     let call = tokio::spawn(async move {
@@ -85,7 +85,10 @@ async fn a_start_is_carried_to_its_end_when_the_agent_dies_in_it() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     served.tasks.gate.add_permits(1);
     tokio::time::sleep(Duration::from_millis(100)).await;
+    // Not broken off halfway, and not left to nobody.
     assert_eq!(served.tasks.requests.lock().unwrap().len(), 1);
+    let verbs = served.tasks.verbs.lock().unwrap();
+    assert_eq!(*verbs, ["destroy EvenIfRunning"]);
 }
 
 #[tokio::test]
