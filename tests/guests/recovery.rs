@@ -371,7 +371,11 @@ fn a_start_after_a_lost_one_takes_its_place(context: &Context) -> Result<()> {
             "{first:?}, {second:?}"
         );
         for pid in first {
-            ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "{pid} lives");
+            // Killed before the call returned; its parent died with the first plugin, so that PID 1 reaps it.
+            until(&format!("{pid} is reaped"), || {
+                (!Path::new(&format!("/proc/{pid}")).exists()).then_some(())
+            })
+            .await?;
         }
         let request = DestroyTaskRequest {
             task_id: task.id(),
@@ -492,16 +496,22 @@ fn a_task_that_ends_without_a_bus_leaves_nothing(context: &Context) -> Result<()
         let task = alloc.only_task()?;
         let scope = Scope::of(task)?;
         bus("stop")?;
-        task.signal("SIGTERM").await?;
-        let ended = task.wait().await;
-        // DestroyTask comes with it. Nomad calls once, whatever the answer.
-        let stopped = alloc.stop().await;
-        let gone = scope.expect_gone();
+        let ended = async {
+            task.signal("SIGTERM").await?;
+            let exit = task.wait().await?;
+            // DestroyTask comes with it. Nomad calls once, whatever the answer.
+            alloc.stop().await?;
+            anyhow::Ok(exit)
+        };
+        let ended = ended.await;
+        let record = Path::new("/run/nomad-driver-exec2/records").join(&scope.unit);
+        let is_forgotten = !record.exists();
         bus("start")?;
         let exit = ended?;
         ensure!((exit.code, exit.signal) == (143, 15), "{exit:?}");
-        stopped?;
-        gone?;
+        ensure!(is_forgotten, "its record is still there");
+        // systemd collects the empty scope by itself, in its own time.
+        until("the scope is gone", || scope.expect_gone().ok()).await?;
         let left = ground.left()?;
         ensure!(left.is_empty(), "{left:?}");
         agent.finish().await

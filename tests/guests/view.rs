@@ -351,9 +351,11 @@ fn the_agents_secrets_stay_with_the_agent(context: &Context) -> Result<()> {
                 });
                 ensure!(denied, "{user}: {file}: {seen}");
             }
+            // A user cannot take other groups, so setpriv fails for it.
+            let refused = seen.matches("prlimit: failed to").count();
             ensure!(
-                seen.contains("prlimit: ") && seen.contains("Operation not permitted"),
-                "{seen}"
+                refused == if user == "root" { 4 } else { 1 },
+                "{user}: {seen}"
             );
             ensure!(!seen.contains("limited by"), "{user}: {seen}");
             ensure!(seen.ends_with("exec2-supervise\nend\n"), "{seen}");
@@ -403,28 +405,30 @@ fn what_the_host_mounts_later_does_not_arrive(context: &Context) -> Result<()> {
     })
 }
 
-/// In the task's directory, and where Nomad's own root process opens and rotates them.
+/// Where Nomad's own root process opens and rotates them, too, and by the bind mount that Nomad's own makes appear below it.
 fn the_logs_are_closed_at_each_of_their_paths(context: &Context) -> Result<()> {
     let target = std::path::Path::new("/opt/planted-by-a-log");
     context.block_on(async {
         let agent = agent(context).await?;
         let data = agent.data_dir().join("data");
         let allocs = data.join("alloc").display().to_string();
+        // Nomad's own directories are closed to all but root; an operator may have opened them.
+        for dir in [&data, &data.join("alloc")] {
+            fs::create_dir_all(dir)?;
+            fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        }
         for user in ["root", "nobody"] {
             let script = format!(
                 "export LC_ALL=C
-                 for logs in $NOMAD_ALLOC_DIR/logs {allocs}/$NOMAD_ALLOC_ID/alloc/logs; do
+                 alloc={allocs}/$NOMAD_ALLOC_ID
+                 for logs in $NOMAD_ALLOC_DIR/logs $alloc/alloc/logs $alloc/t/alloc/logs; do
                    ln -s {} $logs/t.stdout.1 && echo planted
-                   rename=$(mv $logs $logs.away 2>&1) && echo moved
+                   mv $logs $logs.away && echo moved
                  done 2>&1
-                 touch {allocs}/$NOMAD_ALLOC_ID/alloc/data/x && echo elsewhere",
+                 mv $alloc/alloc $alloc/away && echo moved
+                 touch $NOMAD_ALLOC_DIR/data/x && echo elsewhere",
                 target.display()
             );
-            // Nomad's own directories are closed to all but root; an operator may have opened them.
-            for dir in [&data, &data.join("alloc")] {
-                fs::create_dir_all(dir)?;
-                fs::set_permissions(dir, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
-            }
             let job = Job::shell(&script)
                 .user(user)
                 .unveil(&[&format!("rwc:{allocs}/${{NOMAD_ALLOC_ID}}")]);
@@ -440,7 +444,7 @@ fn the_logs_are_closed_at_each_of_their_paths(context: &Context) -> Result<()> {
                 "{user}: {seen}"
             );
             ensure!(
-                seen.matches("Read-only file system").count() == 2,
+                seen.matches("Read-only file system").count() >= 2,
                 "{user}: {seen}"
             );
             ensure!(seen.ends_with("elsewhere\n"), "{user}: {seen}");
