@@ -25,10 +25,16 @@ pub enum Fitness {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Host {
     pub is_root: bool,
+    pub runs_systemd: bool,
     pub is_unified: bool,
     pub missing_controllers: Vec<&'static str>,
     /// Landlock's ABI; `None` if the kernel has none or it is off.
     pub landlock_abi: Option<u32>,
+}
+
+/// sd_booted(3).
+pub fn runs_systemd() -> bool {
+    Path::new("/run/systemd/system").is_dir()
 }
 
 impl Host {
@@ -41,6 +47,7 @@ impl Host {
         };
         Self {
             is_root: nix::unistd::geteuid().is_root(),
+            runs_systemd: runs_systemd(),
             is_unified: controllers.is_ok(),
             missing_controllers: CONTROLLERS.into_iter().filter(|name| !has(name)).collect(),
             landlock_abi: crate::sys::landlock_abi(),
@@ -51,6 +58,10 @@ impl Host {
     pub fn fitness(&self, systemd: &Result<String, String>) -> Fitness {
         if !self.is_root {
             return Fitness::Undetected("Driver must run as root".into());
+        }
+        if !self.runs_systemd {
+            let text = "systemd is not the init system of this host; the driver needs it to start a scope for each task";
+            return Fitness::Undetected(text.into());
         }
         if !self.is_unified {
             let text = "cgroup v2 is not mounted at /sys/fs/cgroup; boot with systemd.unified_cgroup_hierarchy=1";
@@ -115,6 +126,7 @@ mod tests {
 
     const FIT: Host = Host {
         is_root: true,
+        runs_systemd: true,
         is_unified: true,
         missing_controllers: Vec::new(),
         landlock_abi: Some(6),
@@ -130,6 +142,13 @@ mod tests {
                     ..FIT
                 },
                 Fitness::Undetected("Driver must run as root".into()),
+            ),
+            (
+                Host {
+                    runs_systemd: false,
+                    ..FIT
+                },
+                Fitness::Undetected("systemd is not the init system".into()),
             ),
             (
                 Host {

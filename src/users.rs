@@ -19,19 +19,15 @@ pub enum UserError {
     #[error("user must be set")]
     Unset,
     #[error(
-        "user {0:?} does not exist on this host; create it, or leave `user` out of the task for a dynamic one"
+        "user {0:?} does not exist on this host; create it, or leave the user out for a dynamic one"
     )]
     Unknown(String),
     #[error("user {0:?} cannot be looked up: {1}")]
     Lookup(String, #[source] nix::Error),
     #[error(
-        "user {name:?}: {uid} is no dynamic workload user{why}; leave `user` out of the task and Nomad picks one"
+        "user {name:?} is no dynamic workload user: {why}; leave the user out for one that nobody else has"
     )]
-    NotDynamic {
-        name: String,
-        uid: u32,
-        why: &'static str,
-    },
+    NotDynamic { name: String, why: &'static str },
 }
 
 /// Below it live the host's own users, on every distribution. Nomad does not check the range of `nomad-<uid>`, and any
@@ -58,15 +54,14 @@ pub fn look_up(name: &str) -> Result<Account, UserError> {
     let refused = |why| {
         Err(UserError::NotDynamic {
             name: name.to_owned(),
-            uid,
             why,
         })
     };
     if uid < LOWEST_DYNAMIC_UID {
-        return refused(" (below 65536 live the host's own)");
+        return refused("those have ids from 65536 on, below live the host's own");
     }
     if User::from_uid(Uid::from_raw(uid)).map_err(of)?.is_some() {
-        return refused(" (the host has a user with this id)");
+        return refused("the host has a user with this id");
     }
     Ok(dynamic(uid))
 }

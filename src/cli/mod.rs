@@ -23,6 +23,9 @@ enum Command {
     Run(run::Run),
 }
 
+/// Told from what a command itself exits with, as env(1) and timeout(1) do.
+const COULD_NOT_RUN: u8 = 125;
+
 /// Parses the arguments and does what they say.
 pub fn main() -> ExitCode {
     let Command::Run(run) = Arguments::parse().command;
@@ -34,7 +37,7 @@ pub fn main() -> ExitCode {
                 &mut std::io::stderr(),
                 format_args!("nomad-driver-exec2: {error}\n"),
             );
-            ExitCode::FAILURE
+            ExitCode::from(COULD_NOT_RUN)
         }
     }
 }

@@ -35,8 +35,9 @@ use crate::users::{self, Account, UserError};
 Example:
   nomad-driver-exec2 run --memory 64M --cpu 500 --unveil r:/srv -- ls -l /srv
 
-The exit status is the command's, or 128 + n if signal n ended it. Ctrl-C stops the task as Nomad does: with SIGINT, and
-with SIGKILL if it has not ended 5 seconds later; a second Ctrl-C kills it at once.")]
+The exit status is the command's, 128 + n if signal n ended it, and 125 if it could not be run at all. Standard input is
+/dev/null, as for a task. Ctrl-C stops the task as Nomad does: with SIGINT, and with SIGKILL if it has not ended 5 seconds
+later; a second Ctrl-C kills it at once.")]
 pub struct Run {
     /// Memory limit: a number of MiB, or with K, M or G
     #[arg(long, value_name = "SIZE", default_value = "300M", value_parser = mebibytes)]
@@ -47,7 +48,7 @@ pub struct Run {
     /// Unveil a path, as in `r:/srv`; the mode is any of r, w, x, c [repeatable]
     #[arg(long, value_name = "MODE:PATH")]
     unveil: Vec<String>,
-    /// User to run as; a dynamic one if absent
+    /// User to run as, by name; a dynamic one if absent
     #[arg(long, value_name = "USER")]
     user: Option<String>,
     /// Set a variable of the command's environment [repeatable]
@@ -62,6 +63,8 @@ pub struct Run {
 pub enum RunError {
     #[error("run needs root, as Nomad's client does; try sudo")]
     NotRoot,
+    #[error("systemd is not the init system of this host, so that nothing here can make a scope")]
+    NoSystemd,
     #[error(transparent)]
     Host(#[from] io::Error),
     #[error(transparent)]
@@ -85,6 +88,9 @@ impl Run {
     pub fn main(self) -> Result<ExitCode, RunError> {
         if !nix::unistd::geteuid().is_root() {
             return Err(RunError::NotRoot);
+        }
+        if !host::runs_systemd() {
+            return Err(RunError::NoSystemd);
         }
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -271,10 +277,8 @@ fn copied_to(mut target: impl Write + Send + 'static) -> io::Result<(OwnedFd, Jo
     let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
     let copy = std::thread::spawn(move || {
         let mut source = std::fs::File::from(read);
-        // A reader that goes away must not stop the task: what it writes then is dropped, as a terminal's would be.
-        if io::copy(&mut source, &mut target).is_err() {
-            let _ = io::copy(&mut source, &mut io::sink());
-        }
+        // When the reader goes away, so does the pipe: the task is told by SIGPIPE, as it would be without us.
+        let _ = io::copy(&mut source, &mut target);
         let _ = target.flush();
     });
     Ok((write, copy))
@@ -286,6 +290,7 @@ struct Stops {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
     hang_up: tokio::signal::unix::Signal,
+    quit: tokio::signal::unix::Signal,
 }
 
 impl Stops {
@@ -294,6 +299,7 @@ impl Stops {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
             hang_up: signal(SignalKind::hangup())?,
+            quit: signal(SignalKind::quit())?,
         })
     }
 
@@ -303,6 +309,7 @@ impl Stops {
             _ = self.interrupt.recv() => "SIGINT",
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.hang_up.recv() => "SIGHUP",
+            _ = self.quit.recv() => "SIGQUIT",
         }
     }
 }
@@ -335,14 +342,22 @@ fn mebibytes(text: &str) -> Result<u64, String> {
         "" | "M" | "m" | "MiB" => Some(number),
         "K" | "k" | "KiB" => Some(number.div_ceil(1024)),
         "G" | "g" | "GiB" => number.checked_mul(1024),
-        _ => return Err(format!("{unit:?} is no unit; write K, M or G")),
+        _ => {
+            return Err(format!(
+                "a size is a whole number with K, M or G, as in 64M; {unit:?} is no unit"
+            ));
+        }
     };
     mib.filter(|mib| *mib > 0)
         .ok_or_else(|| "a size is at least 1M".to_owned())
 }
 
 fn variable(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once('=').ok_or("a variable is NAME=VALUE")?;
+    let wrong = "a variable is NAME=VALUE";
+    let (name, value) = text.split_once('=').ok_or(wrong)?;
+    if name.is_empty() {
+        return Err(wrong.into());
+    }
     Ok((name.to_owned(), value.to_owned()))
 }
 

@@ -24,6 +24,8 @@ const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
     MakeReg | MakeDir | MakeSym | MakeFifo | MakeSock | RemoveFile | RemoveDir | Refer
 });
 
+const OF_THE_OPERATOR: &str = "an entry of the operator's unveil_paths";
+
 /// A ruleset, and the descriptors without which some of its rules would be lost.
 #[derive(Debug)]
 pub(super) struct Rules {
@@ -118,6 +120,15 @@ fn open(rule: &Rule, root: &TaskRoot, uid: u32) -> Result<Option<OwnedFd>, Failu
         }),
         _ => Err(failure),
     }
+    // A job author looks for it in the job.
+    .map_err(|failure| match (rule.source, &failure.note) {
+        (Source::Plugin, None) => failure.note(OF_THE_OPERATOR),
+        (Source::Plugin, Some(note)) => {
+            let note = format!("{note}; {OF_THE_OPERATOR}");
+            failure.note(note)
+        }
+        _ => failure,
+    })
 }
 
 fn add(

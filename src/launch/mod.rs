@@ -66,6 +66,8 @@ pub fn run() -> ! {
 fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     // After execveat of a descriptor, older kernels name the process by the descriptor's number.
     rustix::thread::set_name(c"exec2-launch").at(Step::Open)?;
+    // A signal to the plugin's process group, of a terminal or of timeout(1), is not for the task.
+    rustix::process::setsid().at(Step::Open)?;
     // The task inherits it: Nomad's usual one, whatever the plugin's own is.
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let record = File::from(sys::inherited(RECORD).at(Step::Open)?);

@@ -38,7 +38,7 @@ pub(super) struct Standard {
 pub(super) fn open(order: &Order) -> Result<[Output; 2], Failure> {
     match &order.stdio {
         Stdio::Null => Ok([Output::Null, Output::Null]),
-        Stdio::Given => Ok([given(0)?, given(1)?]),
+        Stdio::Given => Ok([given(0, order)?, given(1, order)?]),
         Stdio::Fifos { stdout, stderr } => Ok([fifo(stdout, order)?, fifo(stderr, order)?]),
     }
 }
@@ -51,10 +51,14 @@ pub(super) fn in_view(outputs: [Output; 2]) -> Result<Standard, Failure> {
 }
 
 /// A pipe or a socket: the descriptor of a file leads past the read-only view, and root could change the file through it.
-fn given(index: usize) -> Result<Output, Failure> {
+fn given(index: usize, order: &Order) -> Result<Output, Failure> {
     let output = sys::inherited(OUTPUT[index]).at(Step::Open)?;
     match FileType::from_raw_mode(fstat(&output).at(Step::Open)?.st_mode) {
-        FileType::Fifo | FileType::Socket => Ok(Output::Given(output)),
+        FileType::Fifo => {
+            give_to_user(&output, order).at(Step::Open)?;
+            Ok(Output::Given(output))
+        }
+        FileType::Socket => Ok(Output::Given(output)),
         kind => Err(Failure::new(Step::Open, 0).note(format!(
             "output can be handed over as a pipe or a socket only, this is {kind:?}"
         ))),
@@ -92,15 +96,15 @@ fn fifo(path: &Path, order: &Order) -> Result<Output, Failure> {
         )));
     }
     let pipe = open_writer(&found, path)?;
-    // The task reopens its output as /dev/stdout, with its own rights.
-    fchown(
-        &pipe,
-        Some(Uid::from_raw(order.uid)),
-        Some(Gid::from_raw(order.gid)),
-    )
-    .at_path(Step::Open, path)?;
+    give_to_user(&pipe, order).at_path(Step::Open, path)?;
     rustix::fs::fcntl_setfl(&pipe, OFlags::WRONLY).at_path(Step::Open, path)?;
     Ok(Output::Fifo(pipe))
+}
+
+/// The task reopens its output as /dev/stdout, with its own rights.
+fn give_to_user(pipe: &OwnedFd, order: &Order) -> Result<(), Errno> {
+    let user = Uid::from_raw(order.uid);
+    fchown(pipe, Some(user), Some(Gid::from_raw(order.gid)))
 }
 
 /// The path is `<alloc>/alloc/logs/<name>`, and tasks own `alloc`: from there on no link is followed.

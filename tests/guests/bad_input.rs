@@ -13,6 +13,9 @@ use harness::nomad::{Agent, Config, RpcError};
 use crate::case;
 use crate::nomad::{Job, Scope, agent, refusal, said};
 
+/// A last word on a request before it is sent.
+type Change<'a> = &'a dyn Fn(&mut TaskConfig);
+
 pub const CASES: &[Case] = &[
     case!(Both, Ours, a_mistake_is_a_sentence_with_key_and_value),
     case!(Speed, Ours, a_command_that_cannot_run_says_why),
@@ -94,11 +97,11 @@ fn a_mistake_is_a_sentence_with_key_and_value(context: &Context) -> Result<()> {
         (Job::command("", &[]), "command is not set"),
         (
             sleep().user("nomad-0"),
-            "user \"nomad-0\": 0 is no dynamic workload user",
+            "user \"nomad-0\" is no dynamic workload user: those have ids from 65536 on",
         ),
         (
             sleep().user("nomad-1000"),
-            "user \"nomad-1000\": 1000 is no dynamic workload user",
+            "user \"nomad-1000\" is no dynamic workload user",
         ),
         (
             sleep().config("oom_score_adj = -5"),
@@ -126,7 +129,7 @@ fn a_mistake_is_a_sentence_with_key_and_value(context: &Context) -> Result<()> {
         let ground = Ground::survey()?;
         expect_all(&agent, &cases).await?;
         // A user that the host lost, and limits that only a broken server sends: Nomad itself would stop these earlier.
-        let cases: [(&dyn Fn(&mut TaskConfig), &str); 3] = [
+        let cases: [(Change<'_>, &str); 3] = [
             (
                 &|task| task.user = "no-such-user".into(),
                 "user \"no-such-user\" does not exist on this host",

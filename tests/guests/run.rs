@@ -21,6 +21,8 @@ pub const CASES: &[Case] = &[
     case!(Both, Ours, ctrl_c_stops_the_task),
     case!(Speed, Ours, a_second_ctrl_c_kills_it),
     case!(Speed, Ours, a_mistake_is_told_on_the_terminal),
+    case!(Speed, Ours, a_reader_that_goes_away_ends_the_task),
+    case!(Speed, Ours, standard_streams_are_those_of_a_task),
     case!(
         Speed,
         Ours,
@@ -208,29 +210,43 @@ fn a_second_ctrl_c_kills_it(context: &Context) -> Result<()> {
 
 fn a_mistake_is_told_on_the_terminal(context: &Context) -> Result<()> {
     let ground = Ground::survey()?;
-    let cases: [(&[&str], i32, &str); 8] = [
+    let cases: [(&[&str], i32, &str); 10] = [
         (
             &["--", "no-such-command"],
-            1,
+            125,
             "command \"no-such-command\": not found in PATH",
         ),
-        (&["--unveil", "q:/", "--", "true"], 1, "unknown letter 'q'"),
+        (
+            &["--unveil", "q:/", "--", "true"],
+            125,
+            "unknown letter 'q'",
+        ),
         (
             &["--unveil", "r:/no/such", "--", "true"],
-            1,
+            125,
             "unveil r:/no/such: no such file or directory",
         ),
         (
             &["--user", "no-such-user", "--", "true"],
-            1,
+            125,
             "user \"no-such-user\" does not exist",
         ),
         (
             &["--user", "nomad-0", "--", "true"],
-            1,
+            125,
             "is no dynamic workload user",
         ),
         (&["--memory", "0", "--", "true"], 2, "a size is at least 1M"),
+        (
+            &["--memory", "1.5G", "--", "true"],
+            2,
+            "a size is a whole number with K, M or G",
+        ),
+        (
+            &["--env", "=x", "--", "true"],
+            2,
+            "a variable is NAME=VALUE",
+        ),
         (&["true"], 2, "Usage: nomad-driver-exec2 run"),
         (&[], 2, "Usage: nomad-driver-exec2 run"),
     ];
@@ -248,11 +264,45 @@ fn a_mistake_is_told_on_the_terminal(context: &Context) -> Result<()> {
         .args(["run", "--", "true"])
         .output()?;
     ensure!(
-        output.status.code() == Some(1) && err(&output).contains("run needs root"),
+        output.status.code() == Some(125) && err(&output).contains("run needs root"),
         "{output:?}"
     );
     let left = ground.left()?;
     ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// As in `run -- yes | head`.
+fn a_reader_that_goes_away_ends_the_task(context: &Context) -> Result<()> {
+    let ground = Ground::survey()?;
+    let mut child = Command::new(context.driver())
+        .args(["run", "--", "yes"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let mut reader = child.stdout.take().context("a pipe")?;
+    std::io::Read::read_exact(&mut reader, &mut [0; 4])?;
+    drop(reader);
+    let status = child.wait()?;
+    // SIGPIPE, or the error that yes makes of it.
+    ensure!(matches!(status.code(), Some(141 | 1)), "{status:?}");
+    let left = ground.left()?;
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+fn standard_streams_are_those_of_a_task(context: &Context) -> Result<()> {
+    for user in ["root", "nobody"] {
+        let output = sh(
+            context,
+            &["--user", user],
+            "cat; echo out >/dev/stdout; echo err >/dev/stderr",
+        )?;
+        ensure!(output.status.success(), "{user}: {output:?}");
+        ensure!(out(&output) == "out\n", "{user}: {output:?}");
+        ensure!(err(&output).contains("err\n"), "{user}: {output:?}");
+    }
     Ok(())
 }
 

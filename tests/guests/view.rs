@@ -163,10 +163,7 @@ fn root_changes_nothing_of_the_host(context: &Context) -> Result<()> {
             }
             let says = |what: &str, why: &str| -> Result<()> {
                 let said = |line: &&str| line.contains(what) && line.ends_with(why);
-                ensure!(
-                    lines.iter().any(|line| said(&line)),
-                    "{what}: no {why:?} in:\n{seen}"
-                );
+                ensure!(lines.iter().any(said), "{what}: no {why:?} in:\n{seen}");
                 Ok(())
             };
             let of = |name: &str| format!("{shown}{name}");

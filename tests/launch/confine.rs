@@ -199,13 +199,16 @@ fn a_link_in_place_of_a_directory_of_the_tasks_does_not_lead_out_of_it() {
 fn a_missing_path_fails_the_start_unless_it_is_a_default() {
     let stage = Stage::new();
     let missing = stage.host("missing");
-    for source in [Source::Plugin, Source::Task] {
+    for (source, whose) in [
+        (Source::Plugin, " (an entry of the operator's unveil_paths)"),
+        (Source::Task, ""),
+    ] {
         for mode in ["r", "rwc"] {
             let order = stage.script("").unveiled_by(source, mode, &missing);
             assert_eq!(
                 stage.fails(&order),
                 format!(
-                    "unveil {mode}:{}: no such file or directory",
+                    "unveil {mode}:{}: no such file or directory{whose}",
                     missing.display()
                 )
             );

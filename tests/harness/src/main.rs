@@ -27,6 +27,23 @@ ln -s /opt/nomad/plugins/nomad-driver-exec2 /usr/local/bin/
 if [ -e "$1/nomad" ]; then ln -s "$1/nomad" /usr/local/bin/nomad; fi
 "#;
 
+/// An agent to start by hand, for `hack`.
+const AGENT: &[(&str, &str)] = &[
+    ("/etc/nomad.d/nomad.hcl", include_str!("hack/nomad.hcl")),
+    (
+        "/etc/systemd/system/nomad.service",
+        include_str!("hack/nomad.service"),
+    ),
+    (
+        "/root/env.nomad.hcl",
+        include_str!("../../nomad/env.nomad.hcl"),
+    ),
+    (
+        "/root/service.nomad.hcl",
+        include_str!("../../nomad/service.nomad.hcl"),
+    ),
+];
+
 /// Not from the payload: Nomad looks at every file beside the plugin.
 const PLAY: &str = r#"set -eu
 nomad=
@@ -84,6 +101,7 @@ fn script_inside(name: &str, script: &Path) -> Result<()> {
 
 fn run_inside(name: &str, what: &str, text: &[u8]) -> Result<()> {
     let payload = payload()?;
+    println!("starting {name} ...");
     let mut guest = guest::boot(
         name.parse()?,
         &Boot {
@@ -111,6 +129,7 @@ fn hack(name: &str) -> Result<()> {
         host_port: free_port()?,
         guest_port: API_PORT,
     };
+    println!("starting {name} ...");
     let mut guest = guest::boot_machine(
         name,
         &Boot {
@@ -119,11 +138,20 @@ fn hack(name: &str) -> Result<()> {
         },
     )?;
     install(&mut guest)?;
+    guest.run(&["mkdir", "-p", "/etc/nomad.d"], DEMO_PATIENCE, &mut |_| {})?;
+    for (path, text) in AGENT {
+        guest.put(Path::new(path), text.as_bytes())?;
+    }
     println!("{name} runs, with the driver in /opt/nomad/plugins. It ends with this shell.");
-    println!(
-        "Its port {API_PORT} is http://127.0.0.1:{} here.",
-        forward.host_port
-    );
+    println!("Without an agent:  nomad-driver-exec2 run -- env");
+    match guest::agent()? {
+        Some(_) => println!(
+            "With one:          systemctl start nomad; nomad node status; nomad job run env.nomad.hcl\n\
+             Its API is then http://127.0.0.1:{} on this machine.",
+            forward.host_port
+        ),
+        None => println!("No nomad on PATH or in NOMAD= here, so there is none inside."),
+    }
     if !std::io::stdin().is_terminal() {
         println!("Standard input is no terminal: reading commands from it.");
     }
