@@ -51,10 +51,6 @@ impl Cgroup {
         }
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// Its path below the root of the hierarchy, as /proc/PID/cgroup shows it.
     pub fn path_in_hierarchy(&self) -> String {
         let below = self.path.strip_prefix(ROOT).unwrap_or(&self.path);

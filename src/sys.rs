@@ -158,18 +158,12 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Changes the attributes (`libc::MOUNT_ATTR_*`) of a mount, and with `libc::AT_RECURSIVE` of all below it. With
+/// Adds attributes (`libc::MOUNT_ATTR_*`) to a mount, and with `libc::AT_RECURSIVE` of all below it. With
 /// `libc::AT_EMPTY_PATH` and an empty path, of the mount that `dir` is the root of.
-pub fn mount_setattr(
-    dir: impl AsFd,
-    path: &CStr,
-    flags: c_int,
-    set: u64,
-    clear: u64,
-) -> io::Result<()> {
+pub fn mount_setattr(dir: impl AsFd, path: &CStr, flags: c_int, set: u64) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: set,
-        attr_clr: clear,
+        attr_clr: 0,
         propagation: 0,
         userns_fd: 0,
     };

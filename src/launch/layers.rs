@@ -1,15 +1,17 @@
 //! Detached mounts and how they are laid over the tree. It knows the mount calls, and nothing of what a task should see.
 
 use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, mkdirat, openat};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    mount_change, move_mount, open_tree, unmount,
 };
+use rustix::process::{chdir, fchdir, pivot_root};
 
 use super::place::open_resolved;
 use super::report::{At, Failure};
@@ -47,7 +49,7 @@ pub(super) fn lay(step: Step, mut layers: Vec<Layer>) -> Result<(), Failure> {
         attach(layer).at_path(step, &layer.path)?;
     }
     for layer in layers.iter().filter(|layer| layer.finish == Finish::Seal) {
-        sys::mount_setattr(&layer.tree, c"", libc::AT_EMPTY_PATH, READ_ONLY, 0)
+        sys::mount_setattr(&layer.tree, c"", libc::AT_EMPTY_PATH, READ_ONLY)
             .at_path(step, &layer.path)?;
     }
     Ok(())
@@ -72,17 +74,23 @@ fn make_mount_point(layer: &Layer) -> Result<OwnedFd, Errno> {
     let (Some(parent), Some(name)) = (layer.path.parent(), layer.path.file_name()) else {
         return Err(Errno::NOENT);
     };
-    let parent = make_directory(parent)?;
-    match FileType::from_raw_mode(fstat(&layer.tree)?.st_mode) {
-        FileType::Directory => mkdirat(&parent, name, Mode::from_raw_mode(0o755))?,
+    make_entry(&make_directory(parent)?, name, &layer.tree)
+}
+
+/// Makes a directory for a directory to be mounted on, and a file for anything else.
+fn make_entry(parent: &OwnedFd, name: impl AsRef<Path>, tree: impl AsFd) -> Result<OwnedFd, Errno> {
+    let name = name.as_ref();
+    match FileType::from_raw_mode(fstat(tree)?.st_mode) {
+        FileType::Directory => mkdirat(parent, name, Mode::from_raw_mode(0o755))?,
         _ => drop(openat(
-            &parent,
+            parent,
             name,
             OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC,
             Mode::from_raw_mode(0o644),
         )?),
     }
-    open_resolved(&layer.path)
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(parent, name, flags, Mode::empty())
 }
 
 /// The directory at an absolute path, made if it is missing, through no link.
@@ -98,14 +106,18 @@ fn make_directory(path: &Path) -> Result<OwnedFd, Errno> {
 
 /// A copy of the mounts at an open place.
 pub(super) fn clone_tree(place: impl AsFd, set: Attributes) -> Result<OwnedFd, Errno> {
+    let tree = copy_tree(place)?;
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    sys::mount_setattr(&tree, c"", flags, set).map_err(errno)?;
+    Ok(tree)
+}
+
+fn copy_tree(place: impl AsFd) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH
         | OpenTreeFlags::AT_RECURSIVE;
-    let tree = open_tree(place, "", flags)?;
-    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
-    sys::mount_setattr(&tree, c"", flags, set, 0).map_err(errno)?;
-    Ok(tree)
+    open_tree(place, "", flags)
 }
 
 /// A new file system: tmpfs, proc, mqueue.
@@ -132,13 +144,41 @@ pub(super) fn empty() -> Result<OwnedFd, Errno> {
 }
 
 /// Changes what is mounted at exactly this path.
-pub(super) fn set_attributes(
-    path: &CStr,
-    flags: i32,
-    set: Attributes,
-    clear: Attributes,
-) -> Result<(), Errno> {
-    sys::mount_setattr(CWD, path, flags, set, clear).map_err(errno)
+pub(super) fn set_attributes(path: &CStr, flags: i32, set: Attributes) -> Result<(), Errno> {
+    sys::mount_setattr(CWD, path, flags, set).map_err(errno)
+}
+
+/// Replaces the whole tree by a copy of it without these mounts and what is on them. To unmount them one by one would wait
+/// for an RCU grace period each time, some 0.1 ms; here only the old tree is unmounted, once.
+pub(super) fn leave_out(points: &[PathBuf]) -> Result<(), Errno> {
+    let root = open_resolved(Path::new("/"))?;
+    // An unbindable mount is not copied, nor is what is on it. Where it lies, nothing of these mounts may; and not on the root
+    // itself, or the old tree would stay behind it.
+    let sink = empty()?;
+    move_onto(&sink, open_resolved(Path::new("/sys"))?)?;
+    let itself = format!("/proc/self/fd/{}", sink.as_raw_fd());
+    mount_change(itself, MountPropagationFlags::UNBINDABLE)?;
+    for (number, point) in points.iter().enumerate() {
+        // Of several mounts at one place a path leads to the uppermost; moved away, it lays bare the next.
+        match sink_mount(point, &sink, &number.to_string()) {
+            // It went with the one that it was on.
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::INVAL) => {}
+            sunk => sunk?,
+        }
+    }
+    let tree = copy_tree(&root)?;
+    move_onto(&tree, &root)?;
+    fchdir(&tree)?;
+    // With both names the same, the old root comes to lie on the new one.
+    pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    chdir("/")
+}
+
+fn sink_mount(point: &Path, sink: &OwnedFd, name: &str) -> Result<(), Errno> {
+    let mount = open_resolved(point)?;
+    let place = make_entry(sink, name, &mount)?;
+    move_onto(&mount, place)
 }
 
 fn errno(error: std::io::Error) -> Errno {

@@ -8,7 +8,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use nix::mount::{MntFlags, umount2};
 use rustix::fs::{FileType, OFlags, fstat};
 use rustix::io::Errno;
 
@@ -36,7 +35,7 @@ pub(super) fn build(order: &Order) -> Result<TaskRoot, Failure> {
     let layers = layers_of(view, &root, &order.task_dir.alloc_dir)?;
     if view.tree == Tree::ReadOnly {
         let set = READ_ONLY | NO_SUID | NO_DEV;
-        layers::set_attributes(c"/", libc::AT_RECURSIVE, set, 0).at_path(Step::View, "/")?;
+        layers::set_attributes(c"/", libc::AT_RECURSIVE, set).at_path(Step::View, "/")?;
     }
     layers::lay(Step::View, layers)?;
     let root = TaskRoot::open(&order.task_dir, Step::View)?;
@@ -296,14 +295,21 @@ fn let_go_of_others(task_dir: &TaskDir) -> Result<(), Failure> {
     let table = "/proc/self/mountinfo";
     let text = fs::read(table).at_path(Step::View, table)?;
     let text = String::from_utf8_lossy(&text);
-    for mount in mountinfo::parse(&text).filter(|mount| is_of_others(mount, task_dir)) {
-        // Gone already, with the one it was mounted on.
-        let _ = umount2(
-            &mount.point,
-            MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
-        );
+    let others: Vec<PathBuf> = mountinfo::parse(&text)
+        .filter(|mount| is_of_others(mount, task_dir))
+        .map(|mount| mount.point)
+        .collect();
+    if others.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    layers::leave_out(&others).map_err(|errno| {
+        let failure = Failure::new(Step::View, errno.raw_os_error()).on("/");
+        match errno {
+            Errno::INVAL => failure
+                .note("mounts of other allocations cannot be left out; is the root the initramfs?"),
+            _ => failure,
+        }
+    })
 }
 
 fn is_of_others(mount: &Mount, task_dir: &TaskDir) -> bool {

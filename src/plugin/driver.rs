@@ -52,9 +52,7 @@ impl<T: Tasks> Driver<T> {
         verb.await
             .map_err(|error| errors::permanent(format!("the driver failed: {error}")))
     }
-}
 
-impl<T: Tasks> Driver<T> {
     /// Carried to its end, too; but a task that the agent did not live to hear of is one that nobody will ever stop.
     async fn start(&self, task: TaskRequest) -> Result<Result<Saved, DriverError>, Status> {
         let (answer, answered) = oneshot::channel();

@@ -22,7 +22,7 @@ pub enum DirError {
         alloc_dir: PathBuf,
     },
     #[error(
-        "{variable} = {value:?} does not exist: after a reboot of the host Nomad does not mount an allocation's directories again; `nomad alloc stop` the allocation, and Nomad places a new one"
+        "{variable} = {value:?} does not exist; a job must not set it, and after a reboot of the host Nomad does not mount an allocation's directories again: `nomad alloc stop` makes it place a new one"
     )]
     Gone {
         variable: &'static str,
@@ -92,7 +92,7 @@ pub fn find(
     let real = |path: &Path| fs::canonicalize(path).map_err(|_| missing());
     let (path, real_alloc_dir) = (real(&dir)?, real(alloc_dir)?);
     let meta = fs::metadata(&path).map_err(|_| missing())?;
-    let mut aliases = vec![
+    let aliases = vec![
         Alias::new(&dir, ""),
         Alias::new(&path, ""),
         Alias::new(&alloc_dir.join(task), ""),
@@ -100,7 +100,6 @@ pub fn find(
         Alias::new(&alloc_dir.join("alloc"), "alloc"),
         Alias::new(&real_alloc_dir.join("alloc"), "alloc"),
     ];
-    aliases.dedup();
     Ok(Found {
         task_dir: TaskDir {
             path,

@@ -72,7 +72,9 @@ impl TaskTable {
             tokio::spawn(async move {
                 loop {
                     tokio::time::sleep(DESTROY_AGAIN).await;
-                    if tasks.destroy_now(&id, task.as_deref()).await.is_ok() {
+                    // A start of this id since then has seen to what was left, and owns the name.
+                    let is_started_anew = task.is_none() && tasks.knows(&id);
+                    if is_started_anew || tasks.destroy_now(&id, task.as_deref()).await.is_ok() {
                         return;
                     }
                 }

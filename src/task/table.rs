@@ -125,6 +125,11 @@ impl TaskTable {
         }
     }
 
+    /// Whether a task has this id, or a start of one.
+    pub(super) fn knows(&self, id: &TaskId) -> bool {
+        lock(&self.shared.table).contains_key(id)
+    }
+
     /// Takes an id for a start, or says that it is taken.
     pub(super) fn reserve(&self, id: &TaskId) -> Result<(), DriverError> {
         let mut table = lock(&self.shared.table);

@@ -116,37 +116,51 @@ fn the_allocation_is_read_only_but_by_way_of_the_tasks_directory() {
     }
 }
 
+/// Also where several lie at one place, as Nomad's secrets do, on one another, or on files.
 #[test]
 fn mounts_of_other_allocations_are_let_go_of() {
     let stage = Stage::new();
     let id = "0a1b2c3d-1111-2222-3333-444455556666";
-    let [secrets, backing, kept] = [
-        format!("mounts/{id}-web/secrets"),
-        format!("{id}/web/alloc"),
-        "mounts/not-an-allocation".into(),
-    ]
-    .map(|name| {
-        let point = stage.host(&name);
+    let place = |name: &str| {
+        let point = stage.host(name);
         make(&point, 0o755);
-        mount(
-            Some("tmpfs"),
-            &point,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            None::<&str>,
-        )
-        .unwrap();
         point
-    });
+    };
+    let tmpfs = |point: &Path| {
+        let kind = Some("tmpfs");
+        mount(kind, point, kind, MsFlags::empty(), None::<&str>).unwrap();
+    };
+    let view = place(&format!("mounts/{id}-web"));
+    let stacked = place(&format!("{id}/web/secrets"));
+    let kept = place("mounts/not-an-allocation");
+    for point in [&view, &stacked, &stacked, &stacked, &kept] {
+        tmpfs(point);
+    }
+    tmpfs(&place(&format!("mounts/{id}-web/secrets")));
+    let network = stage.host("network");
+    fs::write(&network, "").unwrap();
+    let bind = MsFlags::MS_BIND;
+    mount(
+        Some("/proc/self/ns/net"),
+        &network,
+        None::<&str>,
+        bind,
+        None::<&str>,
+    )
+    .unwrap();
+
     let task = stage.start(&stage.idle()).unwrap();
     let seen: Vec<_> = mounts(&task).into_iter().map(|(point, _)| point).collect();
-    assert!(
-        !seen.contains(&secrets) && !seen.contains(&backing),
-        "{seen:?}"
-    );
+    let strange = seen
+        .iter()
+        .filter(|point| point.to_string_lossy().contains(id) || **point == network);
+    assert_eq!(strange.count(), 0, "{seen:?}");
     assert!(seen.contains(&kept), "{seen:?}");
-    for point in [secrets, backing, kept] {
-        umount2(&point, MntFlags::MNT_DETACH).unwrap();
+    // Nor hidden below another mount, and held by that.
+    let roots = seen.iter().filter(|point| **point == Path::new("/"));
+    assert_eq!(roots.count(), 1, "{seen:?}");
+    for point in [&view, &stacked, &stacked, &stacked, &kept, &network] {
+        umount2(point, MntFlags::MNT_DETACH).unwrap();
     }
 }
 
