@@ -109,6 +109,7 @@ const ROOMS: [Room; 15] = [
         name: "plugin",
         rooms: &[
             "config",
+            "plan::capabilities",
             "plan::limits",
             "plan::unit",
             "plan::unveil",

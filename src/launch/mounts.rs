@@ -68,6 +68,9 @@ fn layers_of(view: &View, root: &TaskRoot, alloc_dir: &Path) -> Result<Vec<Layer
         )?,
         proc(view)?,
     ];
+    for path in view.masked.iter().filter(|path| path.exists()) {
+        layers.push(unreadable(path)?);
+    }
     if view.tree == Tree::ReadOnly && !brought(Path::new("/dev")) {
         layers.extend(dev()?);
     }
@@ -238,6 +241,15 @@ fn proc(view: &View) -> Result<Layer, Failure> {
         _ => NO_SUID | NO_DEV | NO_EXEC,
     };
     layer("/proc".into(), layers::new_filesystem(c"proc", &[], set))
+}
+
+/// A device where devices do not work: nobody can open it.
+fn unreadable(path: &Path) -> Result<Layer, Failure> {
+    let null = open_resolved(Path::new("/dev/null")).at_path(Step::View, "/dev/null")?;
+    layer(
+        path.to_owned(),
+        layers::clone_tree(null, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY),
+    )
 }
 
 /// /dev as it is, but read-only: devices are written to all the same, and nobody changes their owners and modes.

@@ -74,8 +74,6 @@ pub enum LimitError {
 
 /// Period of the quota, the kernel's and systemd's default.
 pub const QUOTA_PERIOD_USEC: u64 = 100_000;
-/// Generous: a bound on fork bombs, not on programs.
-const TASKS_MAX: u64 = 16_384;
 /// The kernel refuses a quota below 1 ms per period.
 const MIN_QUOTA_USEC_PER_SEC: u64 = 10_000;
 const USEC_PER_SEC: u64 = 1_000_000;
@@ -86,6 +84,7 @@ impl Limits {
         resources: &Resources,
         compute: Option<Compute>,
         grain: QuotaGrain,
+        pids_max: u32,
     ) -> Result<Self, LimitError> {
         if resources.memory_mib == 0 {
             return Err(LimitError::NoMemory);
@@ -100,7 +99,7 @@ impl Limits {
             cpu_quota_usec_per_sec: quota(resources.cpu_mhz, compute, grain)?,
             memory_max_bytes,
             memory_low_bytes,
-            tasks_max: TASKS_MAX,
+            tasks_max: pids_max.into(),
             allowed_cpus: cpus(&resources.cpuset)?,
         })
     }
@@ -200,6 +199,8 @@ mod tests {
         cores: 4,
     });
 
+    const PIDS_MAX: u32 = 16_384;
+
     fn resources(cpu_mhz: u64, memory_max_mib: MemoryMax) -> Resources {
         Resources {
             cpu_mhz,
@@ -211,11 +212,21 @@ mod tests {
 
     #[test]
     fn mhz_are_a_share_of_one_core() {
-        let limits =
-            Limits::new(&resources(500, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        let limits = Limits::new(
+            &resources(500, MemoryMax::Unset),
+            NODE,
+            QuotaGrain::Fine,
+            PIDS_MAX,
+        )
+        .unwrap();
         assert_eq!(limits.cpu_quota_usec_per_sec, 250_000);
-        let limits =
-            Limits::new(&resources(6000, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        let limits = Limits::new(
+            &resources(6000, MemoryMax::Unset),
+            NODE,
+            QuotaGrain::Fine,
+            PIDS_MAX,
+        )
+        .unwrap();
         assert_eq!(limits.cpu_quota_usec_per_sec, 3_000_000);
     }
 
@@ -232,6 +243,7 @@ mod tests {
                 &resources(mhz, MemoryMax::Unset),
                 NODE,
                 QuotaGrain::WholePercent,
+                PIDS_MAX,
             )
             .unwrap();
             assert_eq!(limits.cpu_quota_usec_per_sec, quota, "{mhz} MHz");
@@ -241,7 +253,8 @@ mod tests {
     #[test]
     fn memory_max_turns_memory_into_a_reservation() {
         let of = |max| {
-            let limits = Limits::new(&resources(100, max), NODE, QuotaGrain::Fine).unwrap();
+            let limits =
+                Limits::new(&resources(100, max), NODE, QuotaGrain::Fine, PIDS_MAX).unwrap();
             (limits.memory_low_bytes, limits.memory_max_bytes)
         };
         assert_eq!(of(MemoryMax::Unset), (0, Some(64 * MIB)));
@@ -262,8 +275,13 @@ mod tests {
                 cores: 0,
             }),
         ] {
-            let error = Limits::new(&resources(100, MemoryMax::Unset), compute, QuotaGrain::Fine)
-                .unwrap_err();
+            let error = Limits::new(
+                &resources(100, MemoryMax::Unset),
+                compute,
+                QuotaGrain::Fine,
+                PIDS_MAX,
+            )
+            .unwrap_err();
             assert_eq!(error, LimitError::NoCompute(100));
         }
     }
@@ -278,7 +296,7 @@ mod tests {
         };
         for grain in [QuotaGrain::Fine, QuotaGrain::WholePercent] {
             assert!(
-                Limits::new(&resources, NODE, grain)
+                Limits::new(&resources, NODE, grain, PIDS_MAX)
                     .unwrap()
                     .cpu_quota_usec_per_sec
                     > 0
@@ -288,8 +306,13 @@ mod tests {
 
     #[test]
     fn limits_that_are_not_in_force_are_told() {
-        let limits =
-            Limits::new(&resources(667, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        let limits = Limits::new(
+            &resources(667, MemoryMax::Unset),
+            NODE,
+            QuotaGrain::Fine,
+            PIDS_MAX,
+        )
+        .unwrap();
         // 333,500 µs per second are 33,350 µs per period.
         assert_eq!(
             limits.differences(Some(Some(64 * MIB)), Some(Some(333_500))),
@@ -306,6 +329,7 @@ mod tests {
             &resources(667, MemoryMax::Unlimited),
             NODE,
             QuotaGrain::Fine,
+            PIDS_MAX,
         )
         .unwrap();
         assert_eq!(

@@ -67,7 +67,7 @@ impl Step {
         (Step::Release, "wait until the scope is there"),
         (
             Step::Cgroup,
-            "show only the scope's own directory below /sys/fs/cgroup",
+            "leave the host's cgroup namespace: /sys/fs/cgroup is the scope's own directory, read-only",
         ),
         (
             Step::Fork,
@@ -257,6 +257,8 @@ pub struct View {
     pub run: RunMask,
     /// Paths that are brought back from under a mask (/run, /tmp, /dev/shm): what is unveiled there.
     pub kept: Vec<PathBuf>,
+    /// Files of the task's own /proc that nobody in it can open.
+    pub masked: Vec<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

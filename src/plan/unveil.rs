@@ -1,7 +1,9 @@
 //! What a task may open: the `rwxc:/path` grammar, the default paths, and the list of rules of one task.
 //!
-//! Rules unite, as in the kernel: a path is open for whatever any rule on it or on a directory above it allows.
+//! Rules on different paths unite, as in the kernel: a path is open for whatever any rule on it or on a directory above it
+//! allows. Of several rules on the same path the first counts, as in exec2: an operator can narrow a path for all jobs.
 
+use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
 use thiserror::Error;
@@ -118,12 +120,28 @@ pub fn rules(
     }
     for rule in &mut rules {
         if let Place::Host(path) = &rule.place
-            && let Some(own) = aliases.iter().find_map(|alias| alias.below(path))
+            && let Some(own) = own_place(path, aliases)
         {
             rule.place = Place::Task(own);
         }
     }
+    let mut taken = BTreeSet::new();
+    rules.retain(|rule| taken.insert(spelled_once(&rule.place)));
     Ok(rules)
+}
+
+/// The path relative to the task's directory, if it is one below any name of that.
+pub fn own_place(path: &Path, aliases: &[Alias]) -> Option<PathBuf> {
+    aliases.iter().find_map(|alias| alias.below(path))
+}
+
+/// The same place for `/a/b`, `/a//b/` and `/a/./b`. Links are left to the kernel, which unites what leads to one file.
+fn spelled_once(place: &Place) -> Place {
+    let plain = |path: &Path| path.components().collect();
+    match place {
+        Place::Task(path) => Place::Task(plain(path)),
+        Place::Host(path) => Place::Host(plain(path)),
+    }
 }
 
 /// Checks the operator's own entries before any task is there.
@@ -142,7 +160,7 @@ fn own() -> impl Iterator<Item = (Access, Place, &'static str)> {
         .chain([null])
 }
 
-/// The default paths: those of exec2, and the task's own /dev/shm. Only those that exist at launch count.
+/// The default paths: those of exec2, and the task's own /dev/shm, /proc and /sys/fs/cgroup. Only those that exist at launch count.
 pub const DEFAULTS: [(&str, &[&str]); 6] = [
     (
         "rx",
@@ -168,10 +186,9 @@ pub const DEFAULTS: [(&str, &[&str]); 6] = [
             "/dev/zero",
             "/dev/fd",
             "/dev/urandom",
-            "/proc/self/cmdline",
-            "/proc/sys/kernel/ngroups_max",
-            "/proc/sys/kernel/cap_last_cap",
-            "/proc/sys/vm/overcommit_memory",
+            // The task's own: its processes, and its scope's limits, by which runtimes size themselves.
+            "/proc",
+            "/sys/fs/cgroup",
         ],
     ),
     (
@@ -285,6 +302,21 @@ fn letters(mode: &str) -> Access {
 /// Paths by which a process reaches a manager of the host. They are shown only to who unveils them for writing.
 const MANAGERS: [&str; 3] = ["/run/dbus", "/run/systemd", "/run/user"];
 
+/// What /proc shows of the whole host's memory, keys and kernel. Hidden, unless unveiled by its very name.
+const HOSTS_PROC: [&str; 11] = [
+    "/proc/kcore",
+    "/proc/key-users",
+    "/proc/keys",
+    "/proc/kpagecgroup",
+    "/proc/kpagecount",
+    "/proc/kpageflags",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/slabinfo",
+    "/proc/timer_list",
+    "/proc/vmallocinfo",
+];
+
 /// The mount view that goes with the rules.
 pub fn view(rules: &[Rule], uid: u32) -> View {
     let asked: Vec<(&Path, Access)> = rules
@@ -330,6 +362,11 @@ pub fn view(rules: &[Rule], uid: u32) -> View {
             RunMask::Managers
         },
         kept: paths(&|path, access| hidden(path) && (writable(access) || !manager(path))),
+        masked: HOSTS_PROC
+            .map(PathBuf::from)
+            .into_iter()
+            .filter(|masked| asked.iter().all(|(path, _)| path != masked))
+            .collect(),
     }
 }
 
@@ -476,7 +513,6 @@ mod tests {
             "/etc/shadow",
             "/tmp",
             "/",
-            "/proc",
             "/sys",
             "/run",
             "/root",
@@ -495,6 +531,61 @@ mod tests {
             [PathBuf::from("/srv/data"), PathBuf::from("/var/log/x.log")]
         );
         assert_eq!((view.tree, view.run), (Tree::ReadOnly, RunMask::Managers));
+    }
+
+    #[test]
+    fn of_several_rules_on_one_path_the_first_counts() {
+        let operators = ["r:/data".to_owned(), "r:/usr/bin".to_owned()];
+        let gate = Gate {
+            paths: &operators,
+            defaults: Defaults::Unveiled,
+            by_task: ByTask::Allowed,
+        };
+        let asked = [
+            "rw:/data//",
+            "rwx:/data/./",
+            "w:/data/sub",
+            "r:/srv",
+            "x:/srv",
+            "r:/m/local",
+        ];
+        let rules = rules(gate, &asked.map(str::to_owned), &aliases()).unwrap();
+        let of = |place: Place| {
+            let mut on = rules
+                .iter()
+                .filter(|rule| spelled_once(&rule.place) == place);
+            let first = on.next().map(|rule| (rule.access.to_string(), rule.source));
+            assert!(on.next().is_none(), "{place:?}");
+            first.unwrap()
+        };
+        assert_eq!(
+            of(Place::Host("/data".into())),
+            ("r".into(), Source::Plugin)
+        );
+        assert_eq!(
+            of(Place::Host("/data/sub".into())),
+            ("w".into(), Source::Task)
+        );
+        assert_eq!(
+            of(Place::Host("/usr/bin".into())),
+            ("r".into(), Source::Plugin)
+        );
+        assert_eq!(of(Place::Host("/srv".into())), ("r".into(), Source::Task));
+        assert_eq!(
+            of(Place::Task("local".into())),
+            ("rwxc".into(), Source::Driver)
+        );
+    }
+
+    #[test]
+    fn what_proc_tells_of_the_host_is_masked_unless_named() {
+        let masked = |entry: &str| {
+            let view = view(&rules(OPEN, &[entry.to_owned()], &aliases()).unwrap(), 0);
+            view.masked.contains(&PathBuf::from("/proc/kcore"))
+        };
+        assert!(masked("r:/proc"));
+        assert!(masked("r:/"));
+        assert!(!masked("r:/proc/kcore"));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::table::{Settings, TaskTable, lock};
 use super::types::{Attribute, Fingerprint, Health};
 use crate::host::{self, Fitness, Host};
+use crate::plan::capabilities;
 
 /// How often the host is looked at again. A lost bus is noticed at once; this is for what sends no word.
 const INTERVAL: Duration = Duration::from_secs(15);
@@ -67,6 +68,10 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
         (
             "driver.exec2.unveil.tasks",
             Attribute::Bool(settings.config.unveil_by_task),
+        ),
+        (
+            "driver.exec2.caps.allowlist",
+            Attribute::Text(capabilities::listed(&settings.config.allow_caps)),
         ),
         (
             "driver.exec2.version",

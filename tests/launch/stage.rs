@@ -14,7 +14,7 @@ use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nomad_driver_exec2::launch::report::{Failure, Message, receive, release};
 use nomad_driver_exec2::launch::{Parked, spawn};
-use nomad_driver_exec2::plan::capabilities;
+use nomad_driver_exec2::plan::capabilities::{Capabilities, Subject};
 use nomad_driver_exec2::plan::steps::{Order, Place, Rule, Source, Stdio, TaskDir};
 use nomad_driver_exec2::plan::unveil::{self, Alias, ByTask, Defaults, Gate};
 use nomad_driver_exec2::record::{self, Exit, Record};
@@ -214,6 +214,11 @@ impl Drop for Stage {
     }
 }
 
+const ROOT: Subject = Subject {
+    is_root: true,
+    owns_network: false,
+};
+
 /// An order as it is, for the dynamic user, and for root.
 pub const USERS: [fn(&Order) -> Order; 2] = [Order::clone, Changed::as_root];
 
@@ -253,7 +258,7 @@ impl Changed for Order {
         Order {
             uid: 0,
             gid: 0,
-            bounding: capabilities::bounding(false),
+            bounding: Capabilities::new(ROOT, &[], &[], &[]).unwrap().bounding,
             view: unveil::view(&self.rules, 0),
             ..self.clone()
         }
