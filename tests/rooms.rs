@@ -136,7 +136,7 @@ const ROOMS: [Room; 15] = [
     Room {
         name: "job",
         rooms: &["config", "mountinfo", "task::types"],
-        crates: &["hcl", "nix", "thiserror"],
+        crates: &["hcl", "nix", "rmp_serde", "thiserror"],
     },
     Room {
         name: "cli",

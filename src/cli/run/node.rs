@@ -1,0 +1,100 @@
+//! What Nomad's client would know of this host, and what its scheduler would hand out, as far as one host can tell.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::TcpListener;
+
+use crate::host;
+use crate::job::environment::Node;
+use crate::job::{Job, JobError, Port};
+
+/// Nomad's own range for ports that a job leaves to the scheduler.
+const PORTS: std::ops::RangeInclusive<u16> = 20_000..=32_000;
+const ADDRESS: &str = "127.0.0.1";
+
+/// The node as a job may name it.
+pub fn node(job: &Job, ports: &[Port]) -> Result<Node, JobError> {
+    let read = |path: &str| {
+        fs::read_to_string(path)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
+    let compute = host::compute();
+    let release = read("/etc/os-release");
+    let of_release = |key: &str| {
+        let value = release.lines().find_map(|line| line.strip_prefix(key));
+        value.unwrap_or_default().trim_matches('"').to_owned()
+    };
+    let arch = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        other => other,
+    };
+    let hostname = read("/proc/sys/kernel/hostname");
+    let facts = [
+        ("attr.kernel.name", "linux".to_owned()),
+        ("attr.kernel.version", read("/proc/sys/kernel/osrelease")),
+        ("attr.kernel.arch", std::env::consts::ARCH.to_owned()),
+        ("attr.cpu.arch", arch.to_owned()),
+        ("attr.cpu.numcores", compute.cores.to_string()),
+        ("attr.cpu.totalcompute", compute.total_mhz.to_string()),
+        ("attr.os.name", of_release("ID=")),
+        ("attr.os.version", of_release("VERSION_ID=")),
+        ("attr.unique.hostname", hostname.clone()),
+        ("attr.unique.network.ip-address", ADDRESS.to_owned()),
+        ("node.unique.name", hostname),
+        ("node.datacenter", job.datacenter.clone()),
+        ("node.region", job.region.clone()),
+    ];
+    let facts = facts.into_iter().filter(|(_, value)| !value.is_empty());
+    let mut node = Node {
+        facts: facts
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect(),
+        ports: Vec::new(),
+        address: ADDRESS.to_owned(),
+    };
+    for port in ports {
+        let taken: BTreeSet<u16> = node.ports.iter().map(|(_, port)| *port).collect();
+        let number = port.fixed.or_else(|| free_port(&taken)).ok_or_else(|| {
+            let message = format!("port `{}`: this host has no free port", port.label);
+            JobError::new(port.line, message)
+        })?;
+        node.ports.push((port.label.clone(), number));
+    }
+    Ok(node)
+}
+
+fn free_port(taken: &BTreeSet<u16>) -> Option<u16> {
+    let is_free = |port: &u16| !taken.contains(port) && TcpListener::bind(("::", *port)).is_ok();
+    let is_free_without_ipv6 = |port: &u16| TcpListener::bind(("0.0.0.0", *port)).is_ok();
+    let mut ports = PORTS;
+    ports.find(|port| is_free(port) || (!taken.contains(port) && is_free_without_ipv6(port)))
+}
+
+/// The first CPUs that no other task has reserved, as a kernel list.
+pub fn cpuset(cores: u32) -> Result<String, String> {
+    let free = host::free_cpus();
+    let first: Vec<String> = free
+        .iter()
+        .take(cores as usize)
+        .map(u16::to_string)
+        .collect();
+    if first.len() < cores as usize {
+        return Err(format!(
+            "cores = {cores}: this host has {} CPUs that no task has reserved; ask for fewer, or give --cpu",
+            free.len()
+        ));
+    }
+    Ok(first.join(","))
+}
+
+/// Variables by name, for what is left to name in a warning.
+pub fn shown_ports(ports: &[(String, u16)]) -> String {
+    let shown: BTreeMap<_, _> = ports.iter().cloned().collect();
+    let shown = shown
+        .iter()
+        .map(|(label, port)| format!("{label} = {port}"));
+    shown.collect::<Vec<_>>().join(", ")
+}
