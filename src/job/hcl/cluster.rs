@@ -85,7 +85,7 @@ impl Reader {
     /// `key` is the one that stands for the whole, where a part of it is what a cluster has to give.
     pub fn missing(&mut self, entry: &Entry<'_>, key: &str, what: &str, remedy: &str) {
         let message =
-            format!("{what} needs a Nomad cluster; {remedy}, and leave it out with --ignore {key}");
+            format!("{what} needs a Nomad cluster: {remedy}; --ignore {key} runs without it");
         self.note(entry, Effect::Missing, message);
         if let Some(last) = self.unsupported.last_mut() {
             last.key = key.to_owned();
