@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Runs commands the way Nomad tasks with the driver "exec2" run: in a systemd scope of their own, confined by Landlock.
+/// Runs commands and job files the way Nomad's tasks with the driver "exec2" run: in a systemd scope of their own, confined by Landlock.
 #[derive(Debug, Parser)]
 #[command(
     name = "nomad-driver-exec2",

@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, ctrl_c_stops_a_job_as_it_says),
     case!(Speed, Ours, a_job_finds_everything_it_asks_for),
     case!(Speed, Ours, options_win_over_the_file),
+    case!(Speed, Ours, a_job_without_logs_prints_nothing),
     case!(Speed, Ours, what_has_no_effect_is_a_warning_with_its_line),
     case!(Speed, Ours, a_mistake_in_a_job_is_told_with_its_line),
     case!(Speed, Ours, no_file_is_too_strange),
@@ -217,7 +218,7 @@ job "full" {
     ensure!(
         told.len() == 2
             && told[0] == "21: task init (prestart) stays out of this run"
-            && told[1].starts_with("19: ports of this run: admin = 2"),
+            && told[1].starts_with("19: ports of this run: http = 8080, admin = 2"),
         "{told:?}"
     );
     let output = run(context, &[&options[..], &["--task", "init"]].concat(), text)?;
@@ -249,6 +250,19 @@ fn options_win_over_the_file(context: &Context) -> Result<()> {
         out(&output) == format!("0\noption 300 64\n{hostname}"),
         "{output:?}"
     );
+    Ok(())
+}
+
+fn a_job_without_logs_prints_nothing(context: &Context) -> Result<()> {
+    let text = job(
+        "",
+        "logs {\ndisabled = true\n}",
+        "echo out; echo err >&2; exit 3",
+    );
+    let output = run(context, &[], text)?;
+    ensure!(output.status.code() == Some(3), "{output:?}");
+    let silent = !String::from_utf8_lossy(&output.stderr).contains("err\n");
+    ensure!(out(&output).is_empty() && silent, "{output:?}");
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use crate::job::{
 use crate::plan::limits::{MemoryMax, Resources};
 use crate::plan::signal;
 use crate::task::types::{Mount, MountMode, Names, TaskId, TaskRequest};
-use crate::users::Account;
+use crate::users::{self, Account};
 
 /// What Nomad takes as the payload of a dispatch.
 const MAX_PAYLOAD_BYTES: u64 = 16 << 10;
@@ -87,8 +87,13 @@ impl JobTask {
         &self.task.name
     }
 
-    pub fn user(&self) -> Option<&str> {
-        self.task.user.as_deref()
+    /// The account of the file's user, if it names one.
+    pub fn account(&self) -> Result<Option<Account>, RunError> {
+        let account = self.task.user.as_deref().map(users::look_up).transpose();
+        account.map_err(|error| RunError::Job {
+            file: self.file.clone(),
+            error: JobError::new(self.task.line, format!("task {}: {error}", self.task.name)),
+        })
     }
 
     /// Writes what the task finds in its directory, and makes the request that Nomad would.
@@ -297,8 +302,9 @@ fn dispatch(
     if let Some(name) = required.iter().find(|name| given(meta, name).is_none()) {
         return wrong(line, format!("meta_required: give --meta {name}=VALUE"));
     }
-    let mut known = required.iter().chain(&parameterized.meta_optional);
-    if let Some((name, _)) = meta.iter().find(|(name, _)| !known.any(|it| it == name)) {
+    let optional = &parameterized.meta_optional;
+    let is_known = |name: &String| required.contains(name) || optional.contains(name);
+    if let Some((name, _)) = meta.iter().find(|(name, _)| !is_known(name)) {
         return wrong(line, format!("--meta {name}: the job takes no `{name}`"));
     }
     match (parameterized.payload, payload) {

@@ -6,9 +6,7 @@ mod terminal;
 mod values;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -71,8 +69,6 @@ pub struct Run {
     /// Set a variable of the task's environment [repeatable]
     #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
     env: Vec<(String, String)>,
-    #[command(flatten)]
-    of_job: OfJob,
     /// The job file
     #[arg(
         value_name = "JOB.nomad.hcl",
@@ -83,6 +79,8 @@ pub struct Run {
     /// The command and its arguments
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
+    #[command(flatten)]
+    of_job: OfJob,
 }
 
 /// What only a job file can use.
@@ -166,9 +164,13 @@ impl Run {
             Some(file) => Some(JobTask::read(file, &self)?),
             None => None,
         };
-        let user = self.user.as_deref();
-        let account = match user.or(job.as_ref().and_then(JobTask::user)) {
-            Some(name) => users::look_up(name)?,
+        let of_job = || job.as_ref().map_or(Ok(None), JobTask::account);
+        let account = match &self.user {
+            Some(name) => Some(users::look_up(name)?),
+            None => of_job()?,
+        };
+        let account = match account {
+            Some(account) => account,
             None => users::dynamic(unused_uid()?),
         };
         let alloc_id = new_alloc_id();
@@ -320,16 +322,20 @@ async fn attend(
     stops: &mut Stops,
 ) -> Result<ExitResult, RunError> {
     let id = request.id.clone();
-    let (outputs, copies) = match ending.logs {
+    let (output, copies) = match ending.logs {
         Logs::Collected => {
             let (stdout, copy_stdout) = copied_to(io::stdout())?;
             let (stderr, copy_stderr) = copied_to(io::stderr())?;
-            ([stdout, stderr], vec![copy_stdout, copy_stderr])
+            (
+                Output::Given([stdout, stderr]),
+                vec![copy_stdout, copy_stderr],
+            )
         }
-        Logs::Disabled => ([nowhere()?, nowhere()?], Vec::new()),
+        // The request names /dev/null.
+        Logs::Disabled => (Output::Logs, Vec::new()),
     };
     let mut events = tasks.events();
-    tasks.start_with(request, Output::Given(outputs)).await?;
+    tasks.start_with(request, output).await?;
     print_warnings(&mut events).await;
     let ended = follow(tasks, &id, ending, stops).await;
     print_warnings(&mut events).await;
@@ -372,10 +378,6 @@ async fn follow(
             tasks.wait(id).await
         }
     }
-}
-
-fn nowhere() -> io::Result<OwnedFd> {
-    Ok(File::options().write(true).open("/dev/null")?.into())
 }
 
 /// A dynamic user that nothing on this host runs as.

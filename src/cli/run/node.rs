@@ -1,6 +1,6 @@
 //! What Nomad's client would know of this host, and what its scheduler would hand out, as far as one host can tell.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
 
@@ -55,22 +55,24 @@ pub fn node(job: &Job, ports: &[Port]) -> Result<Node, JobError> {
         ports: Vec::new(),
         address: ADDRESS.to_owned(),
     };
+    let mut taken: BTreeSet<u16> = ports.iter().filter_map(|port| port.fixed).collect();
     for port in ports {
-        let taken: BTreeSet<u16> = node.ports.iter().map(|(_, port)| *port).collect();
         let number = port.fixed.or_else(|| free_port(&taken)).ok_or_else(|| {
             let message = format!("port `{}`: this host has no free port", port.label);
             JobError::new(port.line, message)
         })?;
+        taken.insert(number);
         node.ports.push((port.label.clone(), number));
     }
     Ok(node)
 }
 
 fn free_port(taken: &BTreeSet<u16>) -> Option<u16> {
-    let is_free = |port: &u16| !taken.contains(port) && TcpListener::bind(("::", *port)).is_ok();
-    let is_free_without_ipv6 = |port: &u16| TcpListener::bind(("0.0.0.0", *port)).is_ok();
+    // The second for a host without IPv6; where there is one, `::` stands for both.
+    let bound =
+        |port| TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
     let mut ports = PORTS;
-    ports.find(|port| is_free(port) || (!taken.contains(port) && is_free_without_ipv6(port)))
+    ports.find(|port| !taken.contains(port) && bound(*port).is_ok())
 }
 
 /// The first CPUs that no other task has reserved, as a kernel list.
@@ -90,10 +92,9 @@ pub fn cpuset(cores: u32) -> Result<String, String> {
     Ok(first.join(","))
 }
 
-/// Variables by name, for what is left to name in a warning.
+/// The ports of a run, for a person to read.
 pub fn shown_ports(ports: &[(String, u16)]) -> String {
-    let shown: BTreeMap<_, _> = ports.iter().cloned().collect();
-    let shown = shown
+    let shown = ports
         .iter()
         .map(|(label, port)| format!("{label} = {port}"));
     shown.collect::<Vec<_>>().join(", ")

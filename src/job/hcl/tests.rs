@@ -136,8 +136,8 @@ fn what_needs_a_cluster_is_listed_with_its_line() {
             ),
             (
                 Effect::Missing,
-                "group front: network mode `bridge` needs a Nomad cluster: a run has the network of this host, \
-                 and leave it out with --ignore network"
+                "group front: network mode `bridge` needs a Nomad cluster: a run has the network of this host; \
+                 --ignore network runs without it"
             ),
             (
                 Effect::Missing,

@@ -50,6 +50,12 @@ impl Allocation {
         let [group] = job.groups.as_slice() else {
             bail!("job {} has more than one group", job.id);
         };
+        let is_plain = |task: &job::Task| task.volume_mounts.is_empty() && task.lifecycle.is_none();
+        ensure!(
+            group.ports.is_empty() && group.tasks.iter().all(is_plain),
+            "group {} has ports, volumes or a lifecycle, which this client does not give",
+            group.name
+        );
         let allocation = Allocation::place(agent, &job, group, change).await?;
         let known = Arc::downgrade(&allocation.0);
         agent
