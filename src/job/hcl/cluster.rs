@@ -58,7 +58,7 @@ impl Reader {
         place: &str,
     ) -> Result<(), JobError> {
         if entry.key == "dynamic" {
-            return Err(entry.wrong("is not read here; write the blocks out"));
+            return Err(entry.wrong("no blocks are made here; write them out"));
         }
         let is_key = |key: &str| key == entry.key;
         if table.without_effect.split_whitespace().any(is_key) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use ::hcl::edit::Span;
 use ::hcl::edit::expr::Expression;
 use ::hcl::edit::structure::{Block, Body, Structure};
+use ::hcl::eval::ErrorKind;
 use ::hcl::{Map, Value};
 
 use crate::job::evaluate::Names;
@@ -108,7 +109,12 @@ pub(super) fn named<'a>(entry: &Entry<'a>) -> Result<(&'a Block, String), JobErr
 impl Reader {
     pub fn value(&self, entry: &Entry<'_>, expression: &Expression) -> Result<Value, JobError> {
         let value = self.names.evaluate(expression.clone().into());
-        value.map_err(|error| entry.wrong(error))
+        value.map_err(|error| match error.kind() {
+            ErrorKind::UndefinedFunc(name) => entry.wrong(format!(
+                "{name}() is not known here, as no function is; write its value out, or give it with --var"
+            )),
+            _ => entry.wrong(error),
+        })
     }
 
     pub fn attribute(&self, entry: &Entry<'_>) -> Result<Value, JobError> {
@@ -157,13 +163,14 @@ impl Reader {
     }
 
     pub fn number<N: TryFrom<i64>>(&self, entry: &Entry<'_>) -> Result<N, JobError> {
-        let number = match self.attribute(entry)? {
+        let value = self.attribute(entry)?;
+        let number = match &value {
             Value::Number(number) => number.as_i64(),
             Value::String(text) => text.parse().ok(),
             _ => None,
         };
         let number = number.and_then(|number| N::try_from(number).ok());
-        number.ok_or_else(|| entry.wrong("must be a whole number in range"))
+        number.ok_or_else(|| entry.wrong(format!("{value} is no whole number in range")))
     }
 
     pub fn duration(&self, entry: &Entry<'_>) -> Result<Duration, JobError> {

@@ -188,9 +188,15 @@ fn mistakes_inside_a_task_are_named_with_their_line() {
     );
     assert_eq!(task("user = \"x\""), "line 3: task c has no `driver`");
     assert!(task("user = local.none").contains("none"));
+    assert!(task("user = upper(\"x\")").starts_with("line 4: `user`: upper() is not known here"));
+    assert_eq!(
+        task("env {\n  A = [1]\n}"),
+        "line 5: `A` of env must be a string"
+    );
+    assert!(task("dynamic \"template\" {}").starts_with("line 4: `dynamic`: "));
     assert_eq!(
         task("resources {\n  cpu = -1\n}"),
-        "line 5: `cpu`: must be a whole number in range"
+        "line 5: `cpu`: -1 is no whole number in range"
     );
 }
 
