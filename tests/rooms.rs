@@ -140,7 +140,7 @@ const ROOMS: [Room; 15] = [
     },
     Room {
         name: "cli",
-        rooms: &["config", "host", "job", "plan", "task", "users"],
+        rooms: &["config", "host", "job", "plan", "task", "text", "users"],
         crates: &["clap", "nix", "thiserror", "tokio", "tokio_stream"],
     },
 ];

@@ -32,11 +32,7 @@ pub fn main() -> ExitCode {
     match run.main() {
         Ok(code) => code,
         Err(error) => {
-            // Rust ignores SIGPIPE, and eprintln! panics when nobody reads.
-            let _ = std::io::Write::write_fmt(
-                &mut std::io::stderr(),
-                format_args!("nomad-driver-exec2: {error}\n"),
-            );
+            run::terminal::say(error);
             ExitCode::from(COULD_NOT_RUN)
         }
     }

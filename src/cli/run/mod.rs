@@ -2,7 +2,7 @@
 
 mod job;
 mod node;
-mod terminal;
+pub mod terminal;
 mod values;
 
 use std::collections::BTreeMap;

@@ -8,9 +8,15 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::text::one_line;
+
+/// Of a sentence: a screenful, whatever a job's words are.
+const MAX_SENTENCE_BYTES: usize = 1_500;
+
 /// A line for the person at the terminal. Rust ignores SIGPIPE, and eprintln! panics when nobody reads.
 pub fn say(sentence: impl std::fmt::Display) {
-    let _ = writeln!(io::stderr(), "nomad-driver-exec2: {sentence}");
+    let line = one_line(&sentence.to_string(), MAX_SENTENCE_BYTES);
+    let _ = writeln!(io::stderr(), "nomad-driver-exec2: {line}");
 }
 
 /// A pipe whose other end is copied to `target`. The terminal itself is never handed to a task: it could push keystrokes
