@@ -208,4 +208,29 @@ job "shop" {
             "{error}"
         );
     }
+
+    #[test]
+    fn a_volume_is_mounted_where_and_as_the_job_says() {
+        let volumes =
+            "group \"front\" {\nvolume \"data\" {\nread_only = true\n}\nvolume \"work\" {\n}";
+        let mounts = "task \"web\" {\nvolume_mount {\nvolume = \"data\"\ndestination = \"${NOMAD_TASK_DIR}/data\"\n}\n\
+            volume_mount {\nvolume = \"work\"\ndestination = \"/work\"\npropagation_mode = \"host-to-task\"\n}";
+        let text = JOB
+            .replace(", \"${NOMAD_BOGUS}\"", "")
+            .replace("group \"front\" {", volumes)
+            .replace("task \"web\" {", mounts);
+        let request = request(&parse(&text, &[]).unwrap()).unwrap();
+        let seen: Vec<_> = request
+            .mounts
+            .iter()
+            .map(|it| (it.destination.as_str(), it.access, it.propagation.as_str()))
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                ("/m/local/data", Access::ReadOnly, "private"),
+                ("/work", Access::ReadWrite, "host-to-task"),
+            ]
+        );
+    }
 }

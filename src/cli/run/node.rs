@@ -99,3 +99,32 @@ pub fn shown_ports(ports: &[(String, u16)]) -> String {
         .map(|(label, port)| format!("{label} = {port}"));
     shown.collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn every_port_has_a_number_of_its_own() {
+        let port = |label: &str, fixed| Port {
+            label: label.into(),
+            fixed,
+            line: 1,
+        };
+        let job = "job \"j\" {\ngroup \"g\" {\ntask \"t\" {\ndriver = \"exec2\"\n}\n}\n}";
+        let job = crate::job::parse(job, &[]).unwrap();
+        let ports = [port("a", None), port("b", Some(20_001)), port("c", None)];
+        let node = node(&job, &ports).unwrap();
+        let numbers: BTreeSet<u16> = node.ports.iter().map(|(_, number)| *number).collect();
+        assert_eq!(numbers.len(), 3, "{:?}", node.ports);
+        assert_eq!(node.ports[1], ("b".into(), 20_001));
+        assert_eq!(node.facts["attr.kernel.name"], "linux");
+    }
+
+    #[test]
+    fn more_cores_than_there_are_is_an_error_with_their_number() {
+        let error = cpuset(9_000).unwrap_err();
+        assert!(error.starts_with("cores = 9000: this host has "), "{error}");
+    }
+}

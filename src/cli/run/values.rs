@@ -63,4 +63,12 @@ mod tests {
             assert!(mebibytes(text).is_err(), "{text}");
         }
     }
+
+    #[test]
+    fn a_volume_is_a_name_and_an_absolute_path() {
+        assert_eq!(volume("d=/srv/a=b"), Ok(("d".into(), "/srv/a=b".into())));
+        for text in ["d", "=/srv", "d=srv", "d="] {
+            assert!(volume(text).is_err(), "{text}");
+        }
+    }
 }
