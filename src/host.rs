@@ -1,10 +1,11 @@
 //! What this host offers: root, cgroup v2, Landlock, systemd's version, the agent's unit, CPU power. Read, never changed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
 use crate::cgroup::{self, Cgroup};
-use crate::plan::limits::{Compute, QuotaGrain};
+use crate::plan::limits::{self, Compute, QuotaGrain};
 
 /// The controllers that limits are made of.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -118,6 +119,27 @@ pub fn compute() -> Compute {
         total_mhz: mhz * cores,
         cores,
     }
+}
+
+/// The CPUs that this process may use and no task has reserved: neither Nomad's own nor ours.
+pub fn free_cpus() -> BTreeSet<u16> {
+    let read = |path: &Path| fs::read_to_string(path).ok();
+    let list = |text: String| limits::cpus(&text).ok().flatten().unwrap_or_default();
+    let status = read(Path::new("/proc/self/status")).unwrap_or_default();
+    let allowed = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    let mut free = list(allowed.unwrap_or_default().to_owned());
+    let ours = Path::new("/sys/fs/cgroup/exec2.slice/exec2-reserve.slice");
+    let scopes = fs::read_dir(ours).into_iter().flatten().flatten();
+    let reserved = scopes
+        .map(|scope| scope.path())
+        .chain(["/sys/fs/cgroup/nomad.slice/reserve.slice".into()])
+        .filter_map(|dir| read(&dir.join("cpuset.cpus")));
+    for cpu in reserved.flat_map(list) {
+        free.remove(&cpu);
+    }
+    free
 }
 
 #[cfg(test)]

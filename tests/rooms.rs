@@ -137,11 +137,11 @@ const ROOMS: [Room; 15] = [
     Room {
         name: "job",
         rooms: &["config", "mountinfo", "task::types"],
-        crates: &["hcl", "nix", "thiserror"],
+        crates: &["hcl", "nix", "rmp_serde", "thiserror"],
     },
     Room {
         name: "cli",
-        rooms: &["config", "host", "job", "plan", "task", "users"],
+        rooms: &["config", "host", "job", "plan", "task", "text", "users"],
         crates: &["clap", "nix", "thiserror", "tokio", "tokio_stream"],
     },
 ];

@@ -13,6 +13,7 @@ mod life;
 mod nomad;
 mod recovery;
 mod run;
+mod run_job;
 mod scopes;
 mod view;
 
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         view::CASES,
         recovery::CASES,
         run::CASES,
+        run_job::CASES,
         dbus::CASES,
         // Last: it takes the guest's bus away for a while.
         fitness::CASES,

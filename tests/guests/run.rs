@@ -210,7 +210,7 @@ fn a_second_ctrl_c_kills_it(context: &Context) -> Result<()> {
 
 fn a_mistake_is_told_on_the_terminal(context: &Context) -> Result<()> {
     let ground = Ground::survey()?;
-    let cases: [(&[&str], i32, &str); 10] = [
+    let cases: [(&[&str], i32, &str); 11] = [
         (
             &["--", "no-such-command"],
             125,
@@ -245,9 +245,14 @@ fn a_mistake_is_told_on_the_terminal(context: &Context) -> Result<()> {
         (
             &["--env", "=x", "--", "true"],
             2,
-            "a variable is NAME=VALUE",
+            "it is written NAME=VALUE",
         ),
-        (&["true"], 2, "Usage: nomad-driver-exec2 run"),
+        (
+            &["true"],
+            125,
+            "true: no such job file; a command to run stands after `--`",
+        ),
+        (&["--task", "web", "--", "true"], 2, "cannot be used with"),
         (&[], 2, "Usage: nomad-driver-exec2 run"),
     ];
     for (arguments, code, sentence) in cases {
