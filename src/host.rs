@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::cgroup::{self, Cgroup};
+use crate::plan::files::Resolver;
 use crate::plan::limits::{self, Compute, QuotaGrain};
 
 /// The controllers that limits are made of.
@@ -104,6 +105,15 @@ pub fn agent_unit() -> Option<String> {
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
     let unit = Path::new(cgroup::unified(&text)?).file_name()?.to_str()?;
     unit.ends_with(".service").then(|| unit.to_owned())
+}
+
+/// The resolver's files; one that is missing or no text is empty.
+pub fn resolver() -> Resolver {
+    let read = |path: &str| fs::read_to_string(path).ok();
+    Resolver {
+        configured: read("/etc/resolv.conf").unwrap_or_default(),
+        upstream: read("/run/systemd/resolve/resolv.conf"),
+    }
 }
 
 /// CPU power as the kernel tells it, for a start without an agent. The 1,000 MHz of a CPU that does not tell its speed

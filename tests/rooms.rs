@@ -60,7 +60,7 @@ const ROOMS: [Room; 15] = [
     },
     Room {
         name: "host",
-        rooms: &["cgroup", "plan::limits", "sys"],
+        rooms: &["cgroup", "plan::files", "plan::limits", "sys"],
         crates: &["nix"],
     },
     Room {

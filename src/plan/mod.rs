@@ -2,11 +2,13 @@
 
 pub mod capabilities;
 pub mod environment;
+pub mod files;
 pub mod limits;
 pub mod signal;
 pub mod steps;
 pub mod unit;
 pub mod unveil;
+pub mod volumes;
 
 use std::path::{Component, Path, PathBuf};
 
@@ -18,10 +20,12 @@ use crate::task::types::TaskRequest;
 use crate::text::UnitText;
 use crate::users::Account;
 use capabilities::{Capabilities, CapabilityError, Subject};
+use files::{FileError, Resolver};
 use limits::{Compute, LimitError, Limits, QuotaGrain};
-use steps::{Order, Place, Stdio, TaskDir};
+use steps::{Order, Place, Rule, Stdio, TaskDir};
 use unit::UnitName;
 use unveil::{Alias, ByTask, Defaults, Gate, UnveilError};
+use volumes::VolumeError;
 
 /// What was found out about the host and the task before anything is decided.
 #[derive(Debug, Clone)]
@@ -32,6 +36,8 @@ pub struct Facts {
     pub aliases: Vec<Alias>,
     pub compute: Option<Compute>,
     pub grain: QuotaGrain,
+    /// Read where the job or its network makes a difference.
+    pub resolver: Resolver,
     /// The service that the agent runs in.
     pub agent_unit: Option<String>,
     /// RLIMIT_NOFILE, soft and hard, that the plugin was started with.
@@ -82,6 +88,10 @@ pub enum PlanError {
     Limit(#[from] LimitError),
     #[error(transparent)]
     Unveil(#[from] UnveilError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 /// Arguments of a command; the kernel's own bound is on their bytes.
@@ -99,7 +109,16 @@ impl Plan {
         if let Place::Host(path) = &work_dir {
             unveil.push(format!("rwxc:{}", path.display()));
         }
-        let rules = unveil::rules(gate(config), &unveil, &facts.aliases)?;
+        let volumes = volumes::volumes(&request.mounts, &request.devices, &facts.aliases)?;
+        let rules = unveil::rules(gate(config, &volumes.rules), &unveil, &facts.aliases)?;
+        let replaced = files::replaced(&files::Wanted {
+            account: &facts.account,
+            rules: &rules,
+            dns: request.dns.as_ref(),
+            hosts: request.hosts.as_ref(),
+            owns_network: request.network_namespace.is_some(),
+            resolver: &facts.resolver,
+        })?;
         let limits = Limits::new(
             &request.resources,
             facts.compute,
@@ -127,6 +146,8 @@ impl Plan {
             stdio: stdio(&request.stdout_path, &request.stderr_path),
             task_dir: facts.task_dir.clone(),
             view: unveil::view(&rules, uid),
+            binds: volumes.binds,
+            replaced,
             rules,
             open_files: facts.open_files,
         };
@@ -141,9 +162,10 @@ impl Plan {
     }
 }
 
-fn gate(config: &PluginConfig) -> Gate<'_> {
+fn gate<'a>(config: &'a PluginConfig, volumes: &'a [Rule]) -> Gate<'a> {
     Gate {
         paths: &config.unveil_paths,
+        volumes,
         defaults: if config.unveil_defaults {
             Defaults::Unveiled
         } else {
@@ -310,6 +332,7 @@ mod tests {
             },
             nomad_cgroup: "".into(),
             network_namespace: None,
+            hosts: None,
             dns: None,
             mounts: Vec::new(),
             devices: Vec::new(),
@@ -323,6 +346,7 @@ mod tests {
                 uid: 80_001,
                 gid: 80_001,
                 home: "/nonexistent".into(),
+                is_dynamic: true,
             },
             task_dir: TaskDir {
                 path: "/m".into(),
@@ -336,6 +360,7 @@ mod tests {
                 cores: 4,
             }),
             grain: QuotaGrain::Fine,
+            resolver: Resolver::default(),
             agent_unit: Some("nomad.service".into()),
             open_files: (1024, 4096),
         }

@@ -49,6 +49,8 @@ pub enum UnveilError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gate<'a> {
     pub paths: &'a [String],
+    /// What volumes and devices open.
+    pub volumes: &'a [Rule],
     pub defaults: Defaults,
     pub by_task: ByTask,
 }
@@ -87,7 +89,7 @@ impl Alias {
     }
 }
 
-/// The rules of one task, in the order operator, driver, task, defaults.
+/// The rules of one task, in the order operator, driver, volumes, task, defaults.
 ///
 /// A path below one of `aliases` counts as one of the task's own, as `${NOMAD_TASK_DIR}/data` for one: an earlier run may have
 /// planted links there, and they must not lead out.
@@ -106,6 +108,7 @@ pub fn rules(
         access: mode,
         source: Source::Driver,
     }));
+    rules.extend(gate.volumes.iter().cloned());
     rules.extend(list("unveil", by_task, Source::Task)?);
     if gate.defaults == Defaults::Unveiled {
         let defaults = DEFAULTS
@@ -376,6 +379,7 @@ mod tests {
 
     const OPEN: Gate<'_> = Gate {
         paths: &[],
+        volumes: &[],
         defaults: Defaults::Veiled,
         by_task: ByTask::Allowed,
     };
@@ -538,6 +542,7 @@ mod tests {
         let operators = ["r:/data".to_owned(), "r:/usr/bin".to_owned()];
         let gate = Gate {
             paths: &operators,
+            volumes: &[],
             defaults: Defaults::Unveiled,
             by_task: ByTask::Allowed,
         };

@@ -21,6 +21,7 @@ use crate::cgroup::Cgroup;
 use crate::host;
 use crate::launch::report::{self, Failure, Message};
 use crate::launch::{self, Parked};
+use crate::plan::files::Resolver;
 use crate::plan::steps::Stdio;
 use crate::plan::{Facts, Plan, signal};
 use crate::sys;
@@ -111,7 +112,13 @@ impl TaskTable {
                 ))
             })?
             .map_err(|error| DriverError::Permanent(error.to_string()))??;
+        let resolver = if request.network_namespace.is_some() || request.dns.is_some() {
+            host::resolver()
+        } else {
+            Resolver::default()
+        };
         let facts = Facts {
+            resolver,
             account,
             task_dir: found.task_dir,
             aliases: found.aliases,

@@ -138,6 +138,8 @@ impl Stage {
                 inode: found.ino(),
             },
             view: unveil::view(&rules, DYNAMIC),
+            binds: Vec::new(),
+            replaced: Vec::new(),
             rules,
             open_files: (number(limit.current), number(limit.maximum)),
         }
@@ -436,6 +438,7 @@ pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 fn gate(defaults: Defaults) -> Gate<'static> {
     Gate {
         paths: &[],
+        volumes: &[],
         defaults,
         by_task: ByTask::Allowed,
     }

@@ -203,6 +203,7 @@ impl JobTask {
             },
             nomad_cgroup: "".into(),
             network_namespace: None,
+            hosts: None,
             dns: None,
             devices: Vec::new(),
         };

@@ -273,6 +273,7 @@ impl Run {
             },
             nomad_cgroup: "".into(),
             network_namespace: None,
+            hosts: None,
             dns: None,
             mounts: Vec::new(),
             devices: Vec::new(),
