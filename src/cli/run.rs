@@ -22,7 +22,7 @@ use crate::config::task::TaskOptions;
 use crate::host;
 use crate::job::alloc_dir::{AllocDir, AllocDirError, Owner, Roots, TaskPaths};
 use crate::job::request::{new_alloc_id, new_task_id};
-use crate::plan::limits::{MemoryMax, Resources};
+use crate::plan::limits::{Cpus, MemoryMax, Resources};
 use crate::task::types::{
     Destroy, DriverError, ExitResult, Names, Severity, TaskEvent, TaskId, TaskRequest,
 };
@@ -126,7 +126,8 @@ impl Run {
             },
         )?;
         let request = self.request(&account, &alloc_id, name, dir.path(), &paths);
-        tasks.set_up(config(), Some(host::compute())).await;
+        let (compute, usable) = (Some(host::compute()), Cpus::new());
+        tasks.set_up(config(), compute, usable).await;
         let id = request.id.clone();
         let ended = attend(&tasks, request, &mut stops).await;
         // What is known of its end is told, whatever becomes of the directories. A task that could not be destroyed, and is

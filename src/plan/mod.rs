@@ -17,7 +17,7 @@ use crate::config::task::TaskOptions;
 use crate::task::types::TaskRequest;
 use crate::text::UnitText;
 use crate::users::Account;
-use limits::{Compute, LimitError, Limits, QuotaGrain};
+use limits::{Compute, Cpus, LimitError, Limits, QuotaGrain};
 use steps::{Order, Place, Stdio, TaskDir};
 use unit::UnitName;
 use unveil::{Alias, ByTask, Defaults, Gate, UnveilError};
@@ -31,6 +31,8 @@ pub struct Facts {
     pub aliases: Vec<Alias>,
     pub compute: Option<Compute>,
     pub grain: QuotaGrain,
+    /// CPUs of a task without `cores`; `None` if nothing keeps it off any.
+    pub share_cpus: Option<Cpus>,
     /// The service that the agent runs in.
     pub agent_unit: Option<String>,
     /// RLIMIT_NOFILE, soft and hard, that the plugin was started with.
@@ -86,12 +88,13 @@ impl Plan {
     ) -> Result<Self, PlanError> {
         let options = &request.options;
         let rules = unveil::rules(gate(config), &options.unveil, &facts.aliases)?;
-        let limits = Limits::new(&request.resources, facts.compute, facts.grain)?;
+        let share = facts.share_cpus.as_ref();
+        let limits = Limits::new(&request.resources, facts.compute, facts.grain, share)?;
         let uid = facts.account.uid;
-        let slice = if limits.allowed_cpus.is_some() {
-            unit::RESERVE_SLICE
-        } else {
+        let slice = if request.resources.cpuset.trim().is_empty() {
             unit::SHARE_SLICE
+        } else {
+            unit::RESERVE_SLICE
         };
         let order = Order {
             command: command(options)?,
@@ -268,6 +271,7 @@ mod tests {
                 cores: 4,
             }),
             grain: QuotaGrain::Fine,
+            share_cpus: None,
             agent_unit: Some("nomad.service".into()),
             open_files: (1024, 4096),
         }
