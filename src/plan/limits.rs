@@ -176,11 +176,14 @@ impl Limits {
     }
 }
 
-/// The CPUs of a task without `cores`: what Nomad's share.slice has (`None` if that is absent or empty), else those that the
-/// agent gives to tasks, else all of the host's.
-pub fn share(nomads: Option<Cpus>, usable: &Cpus, all: &Cpus) -> Cpus {
-    let usable = Some(usable).filter(|usable| !usable.is_empty());
-    nomads.unwrap_or_else(|| usable.unwrap_or(all).clone())
+/// The CPUs of a task without `cores`: those that the agent gives to tasks (all of the host's if it told none), without what
+/// others have reserved. `nomads` is what Nomad's share.slice has; `None` if that is absent or empty.
+pub fn share(nomads: Option<&Cpus>, usable: &Cpus, all: &Cpus) -> Cpus {
+    let usable = if usable.is_empty() { all } else { usable };
+    // Nomad writes the file at the next reservation only, when the operator may have changed `usable` since the last.
+    let left = nomads.map(|nomads| nomads & usable);
+    left.filter(|left| !left.is_empty())
+        .unwrap_or_else(|| usable.clone())
 }
 
 /// CPUs as the kernel lists them, `0-3,7`.
@@ -417,7 +420,9 @@ mod tests {
     fn a_task_without_cores_has_those_that_nobody_reserved() {
         let (usable, all) = (Cpus::from([0, 1, 2]), Cpus::from([0, 1, 2, 3]));
         let left = Cpus::from([2]);
-        assert_eq!(share(Some(left.clone()), &usable, &all), left);
+        assert_eq!(share(Some(&left), &usable, &all), left);
+        assert_eq!(share(Some(&Cpus::from([2, 3])), &usable, &all), left);
+        assert_eq!(share(Some(&Cpus::from([3])), &usable, &all), usable);
         assert_eq!(share(None, &usable, &all), usable);
         assert_eq!(share(None, &Cpus::new(), &all), all);
         let shared = resources(500, MemoryMax::Unset);

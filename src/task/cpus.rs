@@ -32,7 +32,7 @@ impl TaskTable {
     /// The CPUs for a task without `cores` that starts now; `None` if nothing keeps it off any.
     pub(super) fn share_cpus(&self) -> Option<Cpus> {
         let all = all()?;
-        let share = limits::share(nomads_share(), &self.settings().usable, &all);
+        let share = limits::share(nomads_share().as_ref(), &self.settings().usable, &all);
         (share != all).then_some(share)
     }
 
@@ -52,12 +52,20 @@ impl TaskTable {
                 "inotify: {error}; running tasks learn of newly reserved CPUs at the next start of a task only"
             );
         }
+        let mut is_done = true;
         loop {
             if let Ok(watch) = &watch {
                 // Before the look, so that no change after it goes unseen.
                 watch.renew();
             }
-            let is_done = self.fit_cpus().await;
+            let fitted = self.fit_all().await;
+            // Once, however long the bus is away.
+            if let Err(error) = &fitted
+                && is_done
+            {
+                warn!("tasks cannot be kept off reserved CPUs yet, trying again: {error}");
+            }
+            is_done = fitted.is_ok();
             tokio::select! {
                 () = self.shared.cpus_changed.notified() => {}
                 () = changed(watch.as_ref().ok()) => {}
@@ -66,21 +74,23 @@ impl TaskTable {
         }
     }
 
-    /// Whether every task has what it should.
-    async fn fit_cpus(&self) -> bool {
-        let Some(all) = all() else { return true };
-        let share = limits::share(nomads_share(), &self.settings().usable, &all);
+    /// The last error if not every task has what it should.
+    async fn fit_all(&self) -> Result<(), SystemdError> {
+        let Some(all) = all() else { return Ok(()) };
+        let share = limits::share(nomads_share().as_ref(), &self.settings().usable, &all);
+        let mut fitted = Ok(());
         for task in self.running() {
             if !task.is_shared() || *lock(&task.cpus).as_ref().unwrap_or(&all) == share {
                 continue;
             }
-            if let Err(error) = self.fit(&task, &share).await {
-                warn!(unit = %task.unit, "its CPUs cannot be changed to {}, trying again: {error}", List(&share));
-                // A lost bus: the others would fare no better.
-                return false;
+            match self.fit(&task, &share).await {
+                Ok(()) => {}
+                // Without a bus the others would fare no better.
+                Err(error) if error.is_unanswered() => return Err(error),
+                Err(error) => fitted = Err(error),
             }
         }
-        true
+        fitted
     }
 
     async fn fit(&self, task: &Arc<Task>, share: &Cpus) -> Result<(), SystemdError> {

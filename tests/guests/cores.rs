@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
-use harness::nomad::{Agent, Task};
+use harness::nomad::{Agent, Config, Task};
 
 use crate::case;
-use crate::nomad::{Job, Scope, agent, said, status, until};
+use crate::nomad::{Job, Scope, agent, agent_with, said, status, until};
 
 pub const CASES: &[Case] = &[
     case!(Limits, Ours, a_reserved_cpu_is_its_tasks_alone),
@@ -26,6 +26,7 @@ pub const CASES: &[Case] = &[
     ),
     case!(Limits, Ours, nomads_cgroups_may_come_after_the_plugin),
     case!(Limits, Ours, an_operators_cpus_win_and_are_told),
+    case!(Limits, Ours, cores_that_the_operator_keeps_are_nobodys),
     case!(Limits, Ours, many_tasks_leave_a_reserved_cpu_soon),
     case!(Speed, Ours, cores_without_a_controller_are_told),
 ];
@@ -275,6 +276,24 @@ fn an_operators_cpus_win_and_are_told(context: &Context) -> Result<()> {
     said("systemctl", &["daemon-reload"])?;
     said("systemctl", &["stop", "exec2.slice"])?;
     done
+}
+
+fn cores_that_the_operator_keeps_are_nobodys(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let config = Config {
+            reserved_cores: vec![0],
+            ..Config::default()
+        };
+        let agent = agent_with(context, config).await?;
+        // Without any reservation, and where an earlier one left more in the file.
+        for left in ["\n", ALL] {
+            fs::write(NOMAD_SHARE, left)?;
+            let shared = agent.run(&sleeper().text()).await?;
+            ensure!(cpus(shared.only_task()?)? == "1");
+            shared.stop().await?;
+        }
+        agent.finish().await
+    })
 }
 
 /// One call to systemd for each task; a measure, and a bound that catches a timeout.
