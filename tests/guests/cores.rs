@@ -252,7 +252,7 @@ fn an_operators_cpus_win_and_are_told(context: &Context) -> Result<()> {
         let agent = agent(context).await?;
         let shared = agent.run(&sleeper().text()).await?;
         let task = shared.only_task()?;
-        // On 252 and 257 a slice that is already there has what the file says from its next start or change on.
+        // After a reload, 257 gives it to a slice that is already there with the next change below it only.
         comes_to(task, "0").await?;
         fs::write(NOMAD_SHARE, "1")?;
         let later = agent.run(&sleeper().text()).await?;
