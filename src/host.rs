@@ -30,6 +30,8 @@ pub struct Host {
     pub runs_systemd: bool,
     pub is_unified: bool,
     pub missing_controllers: Vec<&'static str>,
+    /// Whether tasks can be kept on CPUs; without, they can run all the same.
+    pub has_cpuset: bool,
     /// Landlock's ABI; `None` if the kernel has none or it is off.
     pub landlock_abi: Option<u32>,
 }
@@ -42,7 +44,7 @@ pub fn runs_systemd() -> bool {
 impl Host {
     pub fn read() -> Self {
         let controllers = Cgroup::at("/").controllers();
-        let has = |name: &&str| {
+        let has = |name: &str| {
             controllers
                 .as_ref()
                 .is_ok_and(|all| all.iter().any(|one| one == name))
@@ -52,6 +54,7 @@ impl Host {
             runs_systemd: runs_systemd(),
             is_unified: controllers.is_ok(),
             missing_controllers: CONTROLLERS.into_iter().filter(|name| !has(name)).collect(),
+            has_cpuset: has("cpuset"),
             landlock_abi: crate::sys::landlock_abi(),
         }
     }
@@ -161,6 +164,7 @@ mod tests {
         runs_systemd: true,
         is_unified: true,
         missing_controllers: Vec::new(),
+        has_cpuset: true,
         landlock_abi: Some(6),
     };
 

@@ -21,7 +21,7 @@ use crate::text::UnitText;
 use crate::users::Account;
 use capabilities::{Capabilities, CapabilityError, Subject};
 use files::{FileError, Resolver};
-use limits::{Compute, LimitError, Limits, QuotaGrain};
+use limits::{Compute, Cpus, LimitError, Limits, QuotaGrain};
 use steps::{Order, Place, Rule, Stdio, TaskDir};
 use unit::UnitName;
 use unveil::{Alias, ByTask, Defaults, Gate, UnveilError};
@@ -38,6 +38,8 @@ pub struct Facts {
     pub grain: QuotaGrain,
     /// Read where the job or its network makes a difference.
     pub resolver: Resolver,
+    /// CPUs of a task without `cores`; `None` if nothing keeps it off any.
+    pub share_cpus: Option<Cpus>,
     /// The service that the agent runs in.
     pub agent_unit: Option<String>,
     /// RLIMIT_NOFILE, soft and hard, that the plugin was started with.
@@ -123,14 +125,15 @@ impl Plan {
             &request.resources,
             facts.compute,
             facts.grain,
+            facts.share_cpus.as_ref(),
             config.pids_max,
         )?;
         let uid = facts.account.uid;
         let capabilities = capabilities(config, request, uid)?;
-        let slice = if limits.allowed_cpus.is_some() {
-            unit::RESERVE_SLICE
-        } else {
+        let slice = if request.resources.cpuset.trim().is_empty() {
             unit::SHARE_SLICE
+        } else {
+            unit::RESERVE_SLICE
         };
         let order = Order {
             command: command(options)?,
@@ -361,6 +364,7 @@ mod tests {
             }),
             grain: QuotaGrain::Fine,
             resolver: Resolver::default(),
+            share_cpus: None,
             agent_unit: Some("nomad.service".into()),
             open_files: (1024, 4096),
         }

@@ -4,6 +4,7 @@
 
 mod agent;
 mod bad_input;
+mod cores;
 mod dbus;
 mod fitness;
 mod ground;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         scopes::CASES,
         jobs::CASES,
         life::CASES,
+        cores::CASES,
         bad_input::CASES,
         agent::CASES,
         view::CASES,

@@ -26,7 +26,7 @@ use crate::host;
 use crate::job::alloc_dir::{AllocDir, AllocDirError, Owner, Roots, TaskPaths};
 use crate::job::request::{new_alloc_id, new_task_id};
 use crate::job::{JobError, Logs};
-use crate::plan::limits::{MemoryMax, Resources};
+use crate::plan::limits::{Cpus, MemoryMax, Resources};
 use crate::task::types::{
     Destroy, DriverError, ExitResult, Names, Severity, TaskEvent, TaskId, TaskRequest,
 };
@@ -201,7 +201,8 @@ impl Run {
                 Ending::default(),
             ),
         };
-        tasks.set_up(config(), Some(host::compute())).await;
+        let (compute, usable) = (Some(host::compute()), Cpus::new());
+        tasks.set_up(config(), compute, usable).await;
         let id = request.id.clone();
         let ended = attend(&tasks, request, &ending, &mut stops).await;
         // What is known of its end is told, whatever becomes of the directories. A task that could not be destroyed, and is

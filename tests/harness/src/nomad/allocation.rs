@@ -93,7 +93,7 @@ impl Allocation {
         };
         let id = new_alloc_id();
         let mut dir = AllocDir::create(&roots, &id)?;
-        let node_mhz = (agent.config.core_mhz * agent.cgroups.usable().len() as u64) as f64;
+        let node_mhz = (agent.config.core_mhz * agent.cgroups.online().len() as u64) as f64;
         let (mut tasks, mut cgroups) = (Vec::new(), Vec::new());
         let host: Vec<_> = std::env::vars()
             .chain(agent.config.env.iter().cloned())
