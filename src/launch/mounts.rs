@@ -79,7 +79,10 @@ fn layers_of(
     for path in view.masked.iter().filter(|path| path.exists()) {
         layers.push(unreadable(path)?);
     }
-    if view.tree == Tree::ReadOnly && !brought(Path::new("/dev")) {
+    let is_mirrored = layers
+        .iter()
+        .any(|layer| layer.path.parent() == Some(Path::new("/dev")));
+    if view.tree == Tree::ReadOnly && !brought(Path::new("/dev")) && !is_mirrored {
         layers.extend(dev()?);
     }
     if !is_hidden(&alloc_dir) {
