@@ -105,7 +105,7 @@ fn layers_of(
             layers.extend(copy(want.path.clone(), want.write)?);
         }
     }
-    layers.extend(volumes.layers()?);
+    layers.extend(volumes.layers(&task_dir)?);
     Ok(layers)
 }
 

@@ -106,10 +106,15 @@ impl Volumes {
     }
 
     /// Those outside of the task's directory.
-    pub fn layers(&mut self) -> Result<Vec<Layer>, Failure> {
+    pub fn layers(&mut self, task_dir: &Path) -> Result<Vec<Layer>, Failure> {
         let volumes = std::mem::take(&mut self.elsewhere).into_iter();
         let layers = volumes.map(|(path, tree)| {
             let (there, missing) = split(&path)?;
+            if task_dir.starts_with(there.join(&missing)) {
+                return Err(Failure::new(Step::View, 0)
+                    .on(path.display().to_string())
+                    .note("no place for a volume: the task's own directory lies in it"));
+            }
             // A joined empty path would end in a slash, which makes it one of a directory.
             layer(
                 there.components().chain(missing.components()).collect(),

@@ -16,6 +16,7 @@ mod recovery;
 mod run;
 mod run_job;
 mod scopes;
+mod surroundings;
 mod view;
 
 use std::path::Path;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         ground::CASES,
         leaks::CASES,
         scopes::CASES,
+        surroundings::CASES,
         jobs::CASES,
         life::CASES,
         cores::CASES,
