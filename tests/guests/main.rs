@@ -7,6 +7,7 @@ mod bad_input;
 mod dbus;
 mod fitness;
 mod ground;
+mod hostile;
 mod jobs;
 mod leaks;
 mod life;
@@ -14,6 +15,7 @@ mod nomad;
 mod recovery;
 mod run;
 mod scopes;
+mod versions;
 mod view;
 
 use std::path::Path;
@@ -29,6 +31,8 @@ fn main() -> ExitCode {
         jobs::CASES,
         life::CASES,
         bad_input::CASES,
+        hostile::CASES,
+        versions::CASES,
         agent::CASES,
         view::CASES,
         recovery::CASES,
