@@ -4,6 +4,7 @@
 
 mod agent;
 mod bad_input;
+mod compat;
 mod dbus;
 mod fitness;
 mod ground;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         life::CASES,
         bad_input::CASES,
         hostile::CASES,
+        compat::CASES,
         versions::CASES,
         agent::CASES,
         view::CASES,
