@@ -324,7 +324,7 @@ impl Run<'_> {
         )?;
         println!("{name}: ready in {:.2} s", begun.elapsed().as_secs_f64());
         let case_seconds: u64 = match name.kind {
-            Kind::Nspawn => 60,
+            Kind::Nspawn => 120,
             Kind::Qemu => 300,
         };
         let (runner, seconds, guest_name) = (

@@ -59,3 +59,52 @@ impl Version {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::nomad::proto::driver::{
+        AllocatedMemoryResources, AllocatedTaskResources, Mount, Resources,
+    };
+
+    fn unlimited() -> TaskConfig {
+        let memory = AllocatedMemoryResources {
+            memory_mb: 64,
+            memory_max_mb: -1,
+        };
+        let allocated = AllocatedTaskResources {
+            memory: Some(memory),
+            ..AllocatedTaskResources::default()
+        };
+        TaskConfig {
+            resources: Some(Resources {
+                allocated_resources: Some(allocated),
+                ..Resources::default()
+            }),
+            ..TaskConfig::default()
+        }
+    }
+
+    #[test]
+    fn memory_without_limit_is_a_mistake_before_1_11() {
+        assert!(Version::V1_10.word(&mut unlimited()).is_err());
+        assert!(Version::V1_11.word(&mut unlimited()).is_ok());
+    }
+
+    #[test]
+    fn mounts_have_the_name_they_were_asked_by_since_2_0() {
+        let named = || TaskConfig {
+            mounts: vec![Mount {
+                request_name: "data".into(),
+                ..Mount::default()
+            }],
+            ..TaskConfig::default()
+        };
+        for (version, name) in [(Version::V1_11, ""), (Version::V2_0, "data")] {
+            let mut config = named();
+            version.word(&mut config).unwrap();
+            assert_eq!(config.mounts[0].request_name, name, "{version:?}");
+        }
+    }
+}
