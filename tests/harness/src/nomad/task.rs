@@ -313,7 +313,13 @@ impl Task {
 
     async fn wait_for_end(self, agent: Arc<Shared>, connection: Connection) {
         let request = WaitTaskRequest { task_id: self.id() };
-        let exit = match connection.driver().wait_task(request).await {
+        let answer = connection.driver().wait_task(request).await;
+        // The agent or the plugin is gone; whoever recovers the task waits for it again, and a dead agent hears no answer of
+        // a plugin that outlived it.
+        if connection.is_closing() {
+            return;
+        }
+        let exit = match answer {
             Ok(answer) => {
                 let answer = answer.into_inner();
                 check::waited(&answer, agent.config.version, &agent.violations);
@@ -325,8 +331,6 @@ impl Task {
                     message: answer.err,
                 }
             }
-            // The agent or the plugin is gone; whoever recovers the task waits for it again.
-            Err(_) if connection.is_closing() => return,
             Err(status) => {
                 let message = agent.violations.status("WaitTask", status).to_string();
                 Exit {
