@@ -18,7 +18,7 @@ test: host ## every test: units and protocol here, the rest in Debian 13 and 12 
 	exit $$status
 
 .PHONY: test-matrix
-test-matrix: host ## the guest tests on every Debian release we follow, sid too
+test-matrix: host ## the guest tests on every Debian release we follow, sid too, and with every agent in NOMAD=a:b:c
 	$(TEST) --test guests -- --matrix
 
 ROUNDS ?= 10

@@ -4,10 +4,12 @@
 
 mod agent;
 mod bad_input;
+mod compat;
 mod cores;
 mod dbus;
 mod fitness;
 mod ground;
+mod hostile;
 mod jobs;
 mod leaks;
 mod life;
@@ -17,6 +19,7 @@ mod run;
 mod run_job;
 mod scopes;
 mod surroundings;
+mod versions;
 mod view;
 
 use std::path::Path;
@@ -34,6 +37,9 @@ fn main() -> ExitCode {
         life::CASES,
         cores::CASES,
         bad_input::CASES,
+        hostile::CASES,
+        compat::CASES,
+        versions::CASES,
         agent::CASES,
         view::CASES,
         recovery::CASES,

@@ -454,31 +454,19 @@ fn no_file_is_too_strange(context: &Context) -> Result<()> {
 }
 
 fn the_kernel_has_the_limits_of_the_job(context: &Context) -> Result<()> {
-    let script = "cd /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup) && pwd && cat memory.low memory.max cpu.max";
-    let unveil = ["--unveil", "r:/proc", "--unveil", "r:/sys/fs/cgroup"];
+    let script = "cd /sys/fs/cgroup && cat memory.low memory.max cpu.max";
     let task = "resources {\ncpu = 500\nmemory = 64\nmemory_max = 128\n}";
-    let output = run(context, &unveil, job("", task, script))?;
+    let output = run(context, &[], job("", task, script))?;
     let seen = out(&output);
     let lines: Vec<&str> = seen.lines().collect();
     ensure!(
-        lines.len() == 4
-            && lines[0].starts_with("/sys/fs/cgroup/exec2.slice/exec2-share.slice/exec2-t-")
-            && lines[1..] == ["67108864", "134217728", "50000 100000"],
+        lines == ["67108864", "134217728", "50000 100000"],
         "{output:?}"
     );
     ensure!(told(&output).is_empty(), "{output:?}");
 
     let script = script.replace("memory.low memory.max cpu.max", "cpuset.cpus");
-    let output = run(
-        context,
-        &unveil,
-        job("", "resources {\ncores = 1\n}", &script),
-    )?;
-    let seen = out(&output);
-    let lines: Vec<&str> = seen.lines().collect();
-    ensure!(
-        lines.len() == 2 && lines[0].contains("/exec2-reserve.slice/") && lines[1] == "0",
-        "{output:?}"
-    );
+    let output = run(context, &[], job("", "resources {\ncores = 1\n}", &script))?;
+    ensure!(out(&output) == "0\n", "{output:?}");
     Ok(())
 }

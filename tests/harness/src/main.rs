@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -144,7 +144,7 @@ fn hack(name: &str) -> Result<()> {
     }
     println!("{name} runs, with the driver in /opt/nomad/plugins. It ends with this shell.");
     println!("Without an agent:  nomad-driver-exec2 run -- env");
-    match guest::agent()? {
+    match guest::agents()?.first() {
         Some(_) => println!(
             "With one:          systemctl start nomad; nomad node status; nomad job run env.nomad.hcl\n\
              Its API is then http://127.0.0.1:{} on this machine.",
@@ -172,13 +172,14 @@ fn install(guest: &mut dyn Guest) -> Result<()> {
 fn payload() -> Result<Payload> {
     // cargo puts both executables into the same directory.
     let driver = std::env::current_exe()?.with_file_name("nomad-driver-exec2");
-    let agent: Option<PathBuf> = guest::agent()?;
+    let agents = guest::agents()?;
+    let agent: Option<&Path> = agents.first().map(|agent| agent.path.as_path());
     let harness = std::env::current_exe()?;
     let mut files = vec![
         ("nomad-driver-exec2", driver.as_path()),
         ("harness", harness.as_path()),
     ];
-    files.extend(agent.as_deref().map(|path| ("nomad", path)));
+    files.extend(agent.map(|path| ("nomad", path)));
     Payload::new(&files)
 }
 

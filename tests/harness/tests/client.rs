@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use harness::nomad::{Agent, Config, RpcError};
+use harness::nomad::{Agent, Config, RpcError, Version};
 
 const BATCH: &str = r#"
 job "batch" {
@@ -103,6 +103,21 @@ async fn tasks_are_recovered_after_an_agent_s_restart_and_a_plugin_s_death() {
     assert!(agent.kill_plugin().await.unwrap().is_empty());
     assert_eq!(task.exit(), None);
     assert!(task.stop().await.unwrap().success());
+    agent.finish().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_agent_of_1_8_does_not_survive_the_restore_of_a_dynamic_user() {
+    let config = Config {
+        base: std::env::temp_dir(),
+        version: Version::V1_8,
+        ..Config::default()
+    };
+    let agent = Agent::start(PLAIN_DRIVER, config).await.unwrap();
+    let alloc = agent.run(SERVICE).await.unwrap();
+    let error = agent.restart().await.unwrap_err().to_string();
+    assert!(error.contains("panics on restoring main"), "{error}");
+    alloc.stop().await.unwrap();
     agent.finish().await.unwrap();
 }
 

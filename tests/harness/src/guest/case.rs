@@ -48,11 +48,24 @@ pub struct Case {
 #[derive(Debug)]
 pub struct Context {
     guest: GuestName,
+    /// Version of the real agent.
+    agent: Option<String>,
+}
+
+/// Between the name of a case and the version of the real agent that it is run with.
+pub(super) const AT_AGENT: char = '@';
+
+/// The real agent of this version in the payload.
+pub(super) fn payload_name(version: &str) -> String {
+    format!("nomad-{version}")
 }
 
 impl Context {
-    pub(super) fn new(guest: GuestName) -> Context {
-        Context { guest }
+    pub(super) fn new(guest: GuestName, agent: Option<&str>) -> Context {
+        Context {
+            guest,
+            agent: agent.map(str::to_owned),
+        }
     }
 
     pub fn guest(&self) -> GuestName {
@@ -66,7 +79,7 @@ impl Context {
 
     /// The real agent. Only for cases of `Subject::Agent`.
     pub fn agent(&self) -> PathBuf {
-        self.payload("nomad")
+        self.payload(&payload_name(self.agent.as_deref().unwrap_or_default()))
     }
 
     pub fn payload(&self, name: &str) -> PathBuf {

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::case::{Case, Context, NOTE};
+use super::case::{AT_AGENT, Case, Context, NOTE};
 use super::{GuestName, child};
 use crate::leaks::{Ground, Leak};
 
@@ -130,8 +130,12 @@ fn watch(
 
 /// Runs one case in this very process.
 pub fn run_here(cases: &[Case], guest: GuestName, name: &str) -> Result<()> {
-    let Some(case) = cases.iter().find(|case| case.name == name) else {
-        bail!("there is no case {name}")
+    let (function, agent) = match name.split_once(AT_AGENT) {
+        Some((function, agent)) => (function, Some(agent)),
+        None => (name, None),
     };
-    (case.run)(&Context::new(guest))
+    let Some(case) = cases.iter().find(|case| case.name == function) else {
+        bail!("there is no case {function}")
+    };
+    (case.run)(&Context::new(guest, agent))
 }

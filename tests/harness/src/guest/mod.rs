@@ -26,7 +26,7 @@ pub use child::Exit;
 pub use payload::Payload;
 pub use qemu::Qemu;
 pub use release::{GuestName, Kind, Release, Tier};
-pub use run::{Suite, agent, main};
+pub use run::{RealAgent, Suite, agents, main};
 
 /// Where the payload is seen inside every guest.
 pub const PAYLOAD_DIR: &str = "/payload";

@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::case::{Case, Subject};
+use super::case::{AT_AGENT, Case, Subject, payload_name};
 use super::inside::{self, Report};
 use super::report::Tally;
 use super::{Boot, Exit, Guest, GuestName, Kind, PAYLOAD_DIR, Payload, Tier, child};
@@ -89,22 +89,38 @@ impl Selection {
             .collect()
     }
 
-    fn plan(&self, cases: &[Case], agent: Option<&Path>) -> Vec<(GuestName, Vec<&'static str>)> {
-        let wanted = |case: &&Case| {
+    /// The matrix has every agent that is named; other runs have the first.
+    fn agents(&self, mut all: Vec<RealAgent>) -> Vec<RealAgent> {
+        if !self.matrix {
+            all.truncate(1);
+        }
+        all
+    }
+
+    fn plan(&self, cases: &[Case], agents: &[RealAgent]) -> Vec<(GuestName, Vec<String>)> {
+        let wanted = |name: &String| {
             self.substrings.is_empty()
                 || self
                     .substrings
                     .iter()
-                    .any(|part| case.name.contains(part.as_str()))
+                    .any(|part| name.contains(part.as_str()))
         };
-        let possible = |case: &&Case| case.subject == Subject::Ours || agent.is_some();
-        let for_guest = |guest: GuestName| -> Vec<&'static str> {
+        // A case of the real agent is run, and counted, once with each.
+        let runs = |case: &Case| -> Vec<String> {
+            match case.subject {
+                Subject::Ours => vec![case.name.to_owned()],
+                Subject::Agent => agents
+                    .iter()
+                    .map(|agent| format!("{}{AT_AGENT}{}", case.name, agent.version))
+                    .collect(),
+            }
+        };
+        let for_guest = |guest: GuestName| -> Vec<String> {
             cases
                 .iter()
-                .filter(wanted)
-                .filter(possible)
                 .filter(|case| case.needs.met_by(guest.kind))
-                .map(|case| case.name)
+                .flat_map(runs)
+                .filter(wanted)
                 .collect()
         };
         self.guests()
@@ -115,25 +131,36 @@ impl Selection {
     }
 
     fn run(&self, suite: &Suite<'_>) -> Result<ExitCode> {
-        let agent = agent()?;
-        let plan = self.plan(suite.cases, agent.as_deref());
+        let agents = self.agents(agents()?);
+        let plan = self.plan(suite.cases, &agents);
         if self.list {
             for (guest, names) in &plan {
                 names.iter().for_each(|name| println!("{guest} {name}"));
             }
             return Ok(ExitCode::SUCCESS);
         }
-        match &agent {
-            Some(path) => println!("the real agent is {}", path.display()),
-            None => println!(
-                "no `nomad` on PATH or in NOMAD=: the cases that need the real agent are not run and not counted"
-            ),
+        for agent in &agents {
+            println!(
+                "a real agent is {} ({})",
+                agent.path.display(),
+                agent.version
+            );
         }
+        if agents.is_empty() {
+            println!(
+                "no `nomad` on PATH or in NOMAD=: the cases that need the real agent are not run and not counted"
+            );
+        }
+        let payload_names: Vec<String> = agents
+            .iter()
+            .map(|agent| payload_name(&agent.version))
+            .collect();
         let mut files = vec![
             ("guests", Path::new("/proc/self/exe")),
             ("nomad-driver-exec2", suite.driver),
         ];
-        files.extend(agent.as_deref().map(|path| ("nomad", path)));
+        let agents = payload_names.iter().zip(&agents);
+        files.extend(agents.map(|(name, agent)| (name.as_str(), agent.path.as_path())));
         let payload = Payload::new(&files)?;
         let tally = Tally::default();
         let run = Run {
@@ -147,23 +174,66 @@ impl Selection {
     }
 }
 
-/// `NOMAD=` or the first `nomad` on PATH.
-pub fn agent() -> Result<Option<PathBuf>> {
-    if let Some(named) = std::env::var_os("NOMAD").filter(|named| !named.is_empty()) {
-        let path = PathBuf::from(named);
-        if !path.is_file() {
-            bail!("NOMAD={} is not a file", path.display());
+/// A `nomad` of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RealAgent {
+    pub path: PathBuf,
+    /// As it says itself, without the `v`.
+    pub version: String,
+}
+
+/// The colon-separated list in `NOMAD=`, or the first `nomad` on PATH.
+pub fn agents() -> Result<Vec<RealAgent>> {
+    let named = std::env::var_os("NOMAD").filter(|named| !named.is_empty());
+    let paths: Vec<PathBuf> = match &named {
+        Some(named) => std::env::split_paths(named).collect(),
+        None => {
+            let path: OsString = std::env::var_os("PATH").unwrap_or_default();
+            std::env::split_paths(&path)
+                .map(|dir| dir.join("nomad"))
+                .find(|file| file.is_file())
+                .into_iter()
+                .collect()
         }
-        return Ok(Some(path));
+    };
+    let mut agents: Vec<RealAgent> = Vec::new();
+    for path in paths {
+        let version = version(&path)?;
+        if let Some(other) = agents.iter().find(|agent| agent.version == version) {
+            bail!(
+                "NOMAD= names version {version} twice: {} and {}; leave one out",
+                other.path.display(),
+                path.display()
+            );
+        }
+        agents.push(RealAgent { path, version });
     }
-    let path: OsString = std::env::var_os("PATH").unwrap_or_default();
-    Ok(std::env::split_paths(&path)
-        .map(|dir| dir.join("nomad"))
-        .find(|file| file.is_file()))
+    Ok(agents)
+}
+
+/// The first line of `nomad version` is `Nomad v1.10.2`.
+fn version(nomad: &Path) -> Result<String> {
+    let said = Command::new(nomad)
+        .arg("version")
+        .output()
+        .with_context(|| format!("NOMAD={}: cannot be executed", nomad.display()))?;
+    let said = String::from_utf8_lossy(&said.stdout);
+    let version = said
+        .split_whitespace()
+        .nth(1)
+        .and_then(|word| word.strip_prefix('v'))
+        .filter(|version| !version.contains('/'));
+    match version {
+        Some(version) => Ok(version.to_owned()),
+        None => bail!(
+            "NOMAD={}: `nomad version` names no version",
+            nomad.display()
+        ),
+    }
 }
 
 struct Run<'a> {
-    plan: &'a [(GuestName, Vec<&'static str>)],
+    plan: &'a [(GuestName, Vec<String>)],
     payload: &'a Payload,
     logs: &'a Path,
     tally: &'a Tally,
@@ -207,8 +277,9 @@ impl Run<'_> {
             })
             .partition(|(_, _, why)| why.is_some());
         for (guest, names, why) in unbuilt {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
             self.tally
-                .did_not_run(guest, names, why.unwrap_or_default());
+                .did_not_run(guest, &names, why.unwrap_or_default());
         }
         let (containers, machines): (Vec<_>, Vec<_>) = built
             .into_iter()
@@ -223,7 +294,7 @@ impl Run<'_> {
         });
     }
 
-    fn guest(&self, name: GuestName, names: &[&'static str]) {
+    fn guest(&self, name: GuestName, names: &[String]) {
         let mut reported = Vec::new();
         let why = match self.boot_and_run(name, names, &mut reported) {
             Ok(()) => "the runner inside said nothing of it".to_owned(),
@@ -231,8 +302,8 @@ impl Run<'_> {
         };
         let missing: Vec<&str> = names
             .iter()
-            .copied()
-            .filter(|name| !reported.iter().any(|done| done == name))
+            .filter(|name| !reported.contains(name))
+            .map(String::as_str)
             .collect();
         self.tally.did_not_run(name, &missing, &why);
     }
@@ -240,7 +311,7 @@ impl Run<'_> {
     fn boot_and_run(
         &self,
         name: GuestName,
-        names: &[&'static str],
+        names: &[String],
         reported: &mut Vec<String>,
     ) -> Result<()> {
         let begun = Instant::now();
@@ -253,7 +324,7 @@ impl Run<'_> {
         )?;
         println!("{name}: ready in {:.2} s", begun.elapsed().as_secs_f64());
         let case_seconds: u64 = match name.kind {
-            Kind::Nspawn => 60,
+            Kind::Nspawn => 120,
             Kind::Qemu => 300,
         };
         let (runner, seconds, guest_name) = (
@@ -262,7 +333,7 @@ impl Run<'_> {
             name.to_string(),
         );
         let mut argv = vec![runner.as_str(), "--inside", &guest_name, &seconds];
-        argv.extend(names);
+        argv.extend(names.iter().map(String::as_str));
         let patience = Duration::from_secs(60 + case_seconds * names.len() as u64);
         let (mut last, mut chatter) = (String::new(), String::new());
         let mut failures = 0;
@@ -349,8 +420,17 @@ mod tests {
         },
     ];
 
-    fn plan(words: &[&str], agent: Option<&Path>) -> Vec<String> {
-        let plan = Selection::parse(words).unwrap().plan(CASES, agent);
+    fn agent(version: &str) -> RealAgent {
+        RealAgent {
+            path: "/usr/bin/nomad".into(),
+            version: version.to_owned(),
+        }
+    }
+
+    fn plan(words: &[&str], agents: &[&str]) -> Vec<String> {
+        let selection = Selection::parse(words).unwrap();
+        let agents = selection.agents(agents.iter().map(|version| agent(version)).collect());
+        let plan = selection.plan(CASES, &agents);
         plan.iter()
             .map(|(guest, names)| format!("{guest}: {}", names.join(" ")))
             .collect()
@@ -364,17 +444,41 @@ mod tests {
             "trixie-qemu: a::limited",
             "bookworm-qemu: a::limited",
         ];
-        assert_eq!(plan(&[], None), expected);
+        assert_eq!(plan(&[], &[]), expected);
     }
 
     #[test]
     fn cases_of_the_real_agent_need_one() {
-        assert_eq!(plan(&["b::"], None), Vec::<String>::new());
-        let agent = Some(Path::new("/usr/bin/nomad"));
+        assert_eq!(plan(&["b::"], &[]), Vec::<String>::new());
         assert_eq!(
-            plan(&["b::", "--guest", "trixie-qemu"], agent),
-            ["trixie-qemu: b::real"]
+            plan(&["b::", "--guest", "trixie-qemu"], &["2.0.4"]),
+            ["trixie-qemu: b::real@2.0.4"]
         );
+    }
+
+    #[test]
+    fn the_matrix_runs_them_once_with_each_agent_and_other_runs_with_the_first() {
+        let agents = ["1.8.4", "2.0.4"];
+        assert_eq!(
+            plan(&["b::", "--guest", "trixie-qemu"], &agents),
+            ["trixie-qemu: b::real@1.8.4"]
+        );
+        assert_eq!(
+            plan(&["--matrix", "b::", "--guest", "trixie-qemu"], &agents),
+            ["trixie-qemu: b::real@1.8.4 b::real@2.0.4"]
+        );
+        assert_eq!(
+            plan(&["--matrix", "@2.0", "--guest", "trixie-qemu"], &agents),
+            ["trixie-qemu: b::real@2.0.4"]
+        );
+    }
+
+    #[test]
+    fn what_is_no_nomad_is_refused() {
+        for path in ["/no/such/nomad", "/bin/true"] {
+            let error = version(Path::new(path)).unwrap_err().to_string();
+            assert!(error.contains(path), "{error}");
+        }
     }
 
     #[test]

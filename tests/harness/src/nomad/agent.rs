@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -18,7 +18,7 @@ use super::launch::info;
 use super::process::{Log, Process};
 use super::proto::driver::{FingerprintResponse, ShutdownRequest, TaskConfig};
 use super::task::Task;
-use super::{Connection, Profile, RpcError, Violations};
+use super::{Connection, Profile, RpcError, Version, Violations};
 
 const DRIVER_SHUTDOWN_WAIT: Duration = Duration::from_secs(2);
 
@@ -27,12 +27,17 @@ const DRIVER_SHUTDOWN_WAIT: Duration = Duration::from_secs(2);
 pub struct Config {
     /// What stands inside `plugin "nomad-driver-exec2" { config { … } }`.
     pub plugin: String,
+    /// Sent in its place, past the schema's check.
+    pub plugin_values: Option<Vec<(String, hcl::Value)>>,
+    pub block: PluginBlock,
     /// Arguments of the plugin block.
     pub args: Vec<String>,
     /// Added to the agent's own environment, which plugin and tasks inherit.
     pub env: Vec<(String, String)>,
     pub profile: Profile,
-    pub release: Release,
+    pub version: Version,
+    /// `telemetry { publish_allocation_metrics }`.
+    pub metrics: Metrics,
     /// Below this the agent makes its data directory; never /tmp, which a task sees as its own.
     pub base: PathBuf,
     /// Speed of each core.
@@ -45,10 +50,13 @@ impl Default for Config {
     fn default() -> Self {
         Config {
             plugin: String::new(),
+            plugin_values: None,
+            block: PluginBlock::Written,
             args: Vec::new(),
             env: Vec::new(),
             profile: Profile::Nomad,
-            release: Release::Nomad2_0,
+            version: Version::V2_0,
+            metrics: Metrics::Published,
             base: "/opt".into(),
             core_mhz: 1000,
             reserved_cores: Vec::new(),
@@ -56,12 +64,18 @@ impl Default for Config {
     }
 }
 
-/// Which calls the agent knows.
+/// Whether the agent's configuration names the plugin at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Release {
-    /// Calls neither Init nor Shutdown of a driver.
-    Nomad1_8,
-    Nomad2_0,
+pub enum PluginBlock {
+    Written,
+    Absent,
+}
+
+/// Whether the agent publishes what its allocations use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Metrics {
+    Published,
+    Unpublished,
 }
 
 /// A running agent.
@@ -92,6 +106,10 @@ pub struct Crashed(Arc<Shared>);
 impl Agent {
     /// Starts an agent, which starts the plugin three times and keeps the third.
     pub async fn start(binary: impl AsRef<Path>, config: Config) -> Result<Self> {
+        ensure!(
+            config.block == PluginBlock::Written || config.version.launches_unconfigured_plugins(),
+            "plugin not referenced in the agent configuration file, loading skipped"
+        );
         let data = tempfile::Builder::new()
             .prefix("nomad-")
             .tempdir_in(&config.base)?;
@@ -169,6 +187,7 @@ impl Agent {
     /// `systemctl restart nomad`: the plugin ends, tasks stay, a new instance recovers them from their stored handles.
     /// Returns the tasks that could not be recovered, with the driver's reason.
     pub async fn restart(&self) -> Result<Vec<(Task, RpcError)>> {
+        self.0.restore()?;
         self.0.end_plugin().await?;
         self.0.load().await?;
         self.0.launch().await?;
@@ -221,6 +240,7 @@ impl Crashed {
     /// Without one it starts a new instance.
     pub async fn reattach(self) -> Result<(Agent, Vec<(Task, RpcError)>)> {
         let shared = self.0;
+        shared.restore()?;
         shared.load().await?;
         let socket = shared
             .plugin
@@ -268,6 +288,20 @@ impl Shared {
         connection.clone().context("the agent has no plugin")
     }
 
+    /// What a new agent makes of the tasks in its database, before it asks the plugin.
+    fn restore(&self) -> Result<()> {
+        let tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        for task in tasks.iter().filter(|task| is_dynamic(&task.user())) {
+            ensure!(
+                self.config.version.restores_dynamic_users(),
+                "this version of the agent panics on restoring {}, which has a dynamic user",
+                task.name()
+            );
+            task.forget_user();
+        }
+        Ok(())
+    }
+
     /// The graceful end.
     async fn end_plugin(&self) -> Result<()> {
         let connection = self
@@ -280,7 +314,7 @@ impl Shared {
             return Ok(());
         };
         connection.close();
-        if self.config.release == Release::Nomad2_0 {
+        if self.config.version.announces_itself() {
             let mut driver = connection.driver();
             match timeout(DRIVER_SHUTDOWN_WAIT, driver.shutdown(ShutdownRequest {})).await {
                 Err(_) => self.violations.note("Driver/Shutdown took longer than 2 s"),
@@ -339,4 +373,9 @@ impl Shared {
         }
         Ok(lost)
     }
+}
+
+fn is_dynamic(user: &str) -> bool {
+    user.strip_prefix("nomad-")
+        .is_some_and(|id| id.parse::<u32>().is_ok())
 }

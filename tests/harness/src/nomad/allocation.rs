@@ -144,6 +144,7 @@ impl Allocation {
                 task_config(&request, driver_config, cgroup, cpu_mhz as f64 / node_mhz)
             };
             change(&mut config);
+            agent.config.version.word(&mut config)?;
             tasks.push(Task::new(
                 agent,
                 Parts {

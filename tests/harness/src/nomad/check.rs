@@ -1,10 +1,10 @@
 //! What must be in a driver's answers: Nomad dereferences these parts without a look.
 
-use super::Violations;
 use super::proto::driver::{
     DriverTaskEvent, FingerprintResponse, InspectTaskResponse, StartTaskResponse,
     TaskStatsResponse, WaitTaskResponse, fingerprint_response::HealthState,
 };
+use super::{Version, Violations};
 
 /// Notes what is missing.
 struct Must<'a>(&'a Violations, &'static str);
@@ -70,11 +70,13 @@ pub(super) fn started(answer: &StartTaskResponse, id: &str, violations: &Violati
     );
 }
 
-pub(super) fn waited(answer: &WaitTaskResponse, violations: &Violations) {
-    Must(violations, "WaitTask").have(
-        "result, whose absence panics Nomad before 1.11,",
-        answer.result.is_some(),
-    );
+/// The agents before 1.11 panic; the others make a success of it, which is no better.
+pub(super) fn waited(answer: &WaitTaskResponse, version: Version, violations: &Violations) {
+    let part = match version.survives_a_wait_without_result() {
+        true => "result, without which the task counts as a success,",
+        false => "result, whose absence panics this version of Nomad,",
+    };
+    Must(violations, "WaitTask").have(part, answer.result.is_some());
 }
 
 pub(super) fn inspected(answer: &InspectTaskResponse, violations: &Violations) {

@@ -4,7 +4,7 @@ use std::sync::PoisonError;
 
 use anyhow::{Context, Result, bail};
 
-use super::agent::{Release, Shared};
+use super::agent::{PluginBlock, Shared};
 use super::process::Process;
 use super::proto::base::{
     ClientTopology, ClientTopologyCore, ClientTopologySlit, ConfigSchemaRequest, NomadConfig,
@@ -72,7 +72,7 @@ impl Shared {
     }
 
     pub async fn adopt(&self, connection: Connection) -> Result<()> {
-        if self.config.release == Release::Nomad2_0 {
+        if self.config.version.announces_itself() {
             let init = connection.driver().init(InitRequest {}).await;
             init.map_err(|status| self.violations.status("Init", status))?;
         }
@@ -102,7 +102,15 @@ impl Shared {
             .into_inner()
             .spec
             .context("ConfigSchema without a spec")?;
-        let given: hcl::Map<String, hcl::Value> = hcl::from_str(&self.config.plugin)?;
+        if let Some(values) = &self.config.plugin_values {
+            return Ok(encode(values, self.config.profile));
+        }
+        // Without a block there is still a schema with its defaults.
+        let text = match self.config.block {
+            PluginBlock::Written => self.config.plugin.as_str(),
+            PluginBlock::Absent => "",
+        };
+        let given: hcl::Map<String, hcl::Value> = hcl::from_str(text)?;
         let given: Vec<_> = given.into_iter().collect();
         let values = schema::decode(&spec, &given).context("parsing plugin configuration")?;
         Ok(encode(&values, self.config.profile))

@@ -31,15 +31,17 @@ pub mod record;
 mod recorded;
 pub mod schema;
 mod task;
+mod version;
 mod violations;
 
-pub use agent::{Agent, Config, Crashed, Release};
+pub use agent::{Agent, Config, Crashed, Metrics, PluginBlock};
 pub use allocation::Allocation;
 pub use connection::Connection;
 pub use hclog::{Level, Line};
 pub use msgpack::{Profile, encode};
 pub use process::Handshake;
 pub use task::{Exit, Task};
+pub use version::Version;
 pub use violations::{RpcError, Violations};
 
 /// The wire contract, generated from `proto/`.

@@ -112,6 +112,11 @@ impl Task {
         self.state().config.user.clone()
     }
 
+    /// A restarted agent does not tell a dynamic user again: the next start comes without one.
+    pub(super) fn forget_user(&self) {
+        self.state().config.user.clear();
+    }
+
     /// What Nomad keeps of it.
     pub fn handle(&self) -> Option<TaskHandle> {
         self.state().handle.clone()
@@ -298,18 +303,26 @@ impl Task {
 
     fn follow(&self, agent: &Arc<Shared>, connection: &Connection) {
         tokio::spawn(self.clone().wait_for_end(agent.clone(), connection.clone()));
-        tokio::spawn(
-            self.clone()
-                .collect_stats(agent.clone(), connection.clone()),
-        );
+        if agent.config.version.asks_for_stats(agent.config.metrics) {
+            tokio::spawn(
+                self.clone()
+                    .collect_stats(agent.clone(), connection.clone()),
+            );
+        }
     }
 
     async fn wait_for_end(self, agent: Arc<Shared>, connection: Connection) {
         let request = WaitTaskRequest { task_id: self.id() };
-        let exit = match connection.driver().wait_task(request).await {
+        let answer = connection.driver().wait_task(request).await;
+        // The agent or the plugin is gone; whoever recovers the task waits for it again, and a dead agent hears no answer of
+        // a plugin that outlived it.
+        if connection.is_closing() {
+            return;
+        }
+        let exit = match answer {
             Ok(answer) => {
                 let answer = answer.into_inner();
-                check::waited(&answer, &agent.violations);
+                check::waited(&answer, agent.config.version, &agent.violations);
                 let result = answer.result.unwrap_or_default();
                 Exit {
                     code: result.exit_code,
@@ -318,8 +331,6 @@ impl Task {
                     message: answer.err,
                 }
             }
-            // The agent or the plugin is gone; whoever recovers the task waits for it again.
-            Err(_) if connection.is_closing() => return,
             Err(status) => {
                 let message = agent.violations.status("WaitTask", status).to_string();
                 Exit {
