@@ -51,6 +51,10 @@ impl Cgroup {
         }
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Its path below the root of the hierarchy, as /proc/PID/cgroup shows it.
     pub fn path_in_hierarchy(&self) -> String {
         let below = self.path.strip_prefix(ROOT).unwrap_or(&self.path);
@@ -133,6 +137,16 @@ impl Cgroup {
                 .ok()
                 .and_then(|quota| quota.saturating_mul(1_000_000).checked_div(period)),
         )
+    }
+
+    /// The CPUs asked for, as the kernel lists them; empty if its parent's, `None` without such a file.
+    pub fn cpus(&self) -> Option<String> {
+        self.read("cpuset.cpus").ok()
+    }
+
+    /// The CPUs in force, as the kernel lists them; `None` without such a file.
+    pub fn effective_cpus(&self) -> Option<String> {
+        self.read("cpuset.cpus.effective").ok()
     }
 
     fn read(&self, file: &str) -> io::Result<String> {

@@ -1,10 +1,12 @@
 //! What this host offers: root, cgroup v2, Landlock, systemd's version, the agent's unit, CPU power. Read, never changed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
 use crate::cgroup::{self, Cgroup};
-use crate::plan::limits::{Compute, QuotaGrain};
+use crate::plan::files::Resolver;
+use crate::plan::limits::{self, Compute, QuotaGrain};
 
 /// The controllers that limits are made of.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -28,6 +30,8 @@ pub struct Host {
     pub runs_systemd: bool,
     pub is_unified: bool,
     pub missing_controllers: Vec<&'static str>,
+    /// Whether tasks can be kept on CPUs; without, they can run all the same.
+    pub has_cpuset: bool,
     /// Landlock's ABI; `None` if the kernel has none or it is off.
     pub landlock_abi: Option<u32>,
 }
@@ -40,7 +44,7 @@ pub fn runs_systemd() -> bool {
 impl Host {
     pub fn read() -> Self {
         let controllers = Cgroup::at("/").controllers();
-        let has = |name: &&str| {
+        let has = |name: &str| {
             controllers
                 .as_ref()
                 .is_ok_and(|all| all.iter().any(|one| one == name))
@@ -50,6 +54,7 @@ impl Host {
             runs_systemd: runs_systemd(),
             is_unified: controllers.is_ok(),
             missing_controllers: CONTROLLERS.into_iter().filter(|name| !has(name)).collect(),
+            has_cpuset: has("cpuset"),
             landlock_abi: crate::sys::landlock_abi(),
         }
     }
@@ -105,6 +110,15 @@ pub fn agent_unit() -> Option<String> {
     unit.ends_with(".service").then(|| unit.to_owned())
 }
 
+/// The resolver's files; one that is missing or no text is empty.
+pub fn resolver() -> Resolver {
+    let read = |path: &str| fs::read_to_string(path).ok();
+    Resolver {
+        configured: read("/etc/resolv.conf").unwrap_or_default(),
+        upstream: read("/run/systemd/resolve/resolv.conf"),
+    }
+}
+
 /// CPU power as the kernel tells it, for a start without an agent. The 1,000 MHz of a CPU that does not tell its speed
 /// make `cpu = 1000` one whole CPU.
 pub fn compute() -> Compute {
@@ -120,6 +134,27 @@ pub fn compute() -> Compute {
     }
 }
 
+/// The CPUs that this process may use and no task has reserved: neither Nomad's own nor ours.
+pub fn free_cpus() -> BTreeSet<u16> {
+    let read = |path: &Path| fs::read_to_string(path).ok();
+    let list = |text: String| limits::cpus(&text).ok().flatten().unwrap_or_default();
+    let status = read(Path::new("/proc/self/status")).unwrap_or_default();
+    let allowed = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    let mut free = list(allowed.unwrap_or_default().to_owned());
+    let ours = Path::new("/sys/fs/cgroup/exec2.slice/exec2-reserve.slice");
+    let scopes = fs::read_dir(ours).into_iter().flatten().flatten();
+    let reserved = scopes
+        .map(|scope| scope.path())
+        .chain(["/sys/fs/cgroup/nomad.slice/reserve.slice".into()])
+        .filter_map(|dir| read(&dir.join("cpuset.cpus")));
+    for cpu in reserved.flat_map(list) {
+        free.remove(&cpu);
+    }
+    free
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,6 +164,7 @@ mod tests {
         runs_systemd: true,
         is_unified: true,
         missing_controllers: Vec::new(),
+        has_cpuset: true,
         landlock_abi: Some(6),
     };
 

@@ -159,12 +159,18 @@ pub fn exit_now(code: i32) -> ! {
 }
 
 /// Adds attributes (`libc::MOUNT_ATTR_*`) to a mount, and with `libc::AT_RECURSIVE` of all below it. With
-/// `libc::AT_EMPTY_PATH` and an empty path, of the mount that `dir` is the root of.
-pub fn mount_setattr(dir: impl AsFd, path: &CStr, flags: c_int, set: u64) -> io::Result<()> {
+/// `libc::AT_EMPTY_PATH` and an empty path, of the mount that `dir` is the root of. A propagation of 0 leaves it as it is.
+pub fn mount_setattr(
+    dir: impl AsFd,
+    path: &CStr,
+    flags: c_int,
+    set: u64,
+    propagation: u64,
+) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: set,
         attr_clr: 0,
-        propagation: 0,
+        propagation,
         userns_fd: 0,
     };
     // SAFETY: the path is NUL-terminated and the structure has the size that is passed with it.

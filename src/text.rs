@@ -12,20 +12,7 @@ impl UnitText {
     pub const MAX_BYTES: usize = 200;
 
     pub fn new(text: &str) -> Self {
-        let mut safe = String::new();
-        for character in text.chars() {
-            let shown = if is_active(character) {
-                format!("<U+{:04X}>", u32::from(character))
-            } else {
-                character.to_string()
-            };
-            if safe.len() + shown.len() > Self::MAX_BYTES - '…'.len_utf8() {
-                safe.push('…');
-                break;
-            }
-            safe.push_str(&shown);
-        }
-        Self(safe)
+        Self(one_line(text, Self::MAX_BYTES))
     }
 
     pub fn as_str(&self) -> &str {
@@ -37,6 +24,24 @@ impl fmt::Display for UnitText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// Text of one line of that length at most, shown as [`UnitText`] is: a sentence for a terminal may be longer than a name.
+pub fn one_line(text: &str, max_bytes: usize) -> String {
+    let mut safe = String::new();
+    for character in text.chars() {
+        let shown = if is_active(character) {
+            format!("<U+{:04X}>", u32::from(character))
+        } else {
+            character.to_string()
+        };
+        if safe.len() + shown.len() > max_bytes - '…'.len_utf8() {
+            safe.push('…');
+            break;
+        }
+        safe.push_str(&shown);
+    }
+    safe
 }
 
 fn is_active(character: char) -> bool {

@@ -12,6 +12,8 @@ pub struct Account {
     pub uid: u32,
     pub gid: u32,
     pub home: PathBuf,
+    /// A dynamic workload user: the host has no entry for it.
+    pub is_dynamic: bool,
 }
 
 #[derive(Debug, Error)]
@@ -49,6 +51,7 @@ pub fn look_up(name: &str) -> Result<Account, UserError> {
             uid: user.uid.as_raw(),
             gid: user.gid.as_raw(),
             home: user.dir,
+            is_dynamic: false,
         });
     };
     let refused = |why| {
@@ -73,6 +76,7 @@ pub fn dynamic(uid: u32) -> Account {
         uid,
         gid: uid,
         home: PathBuf::from("/nonexistent"),
+        is_dynamic: true,
     }
 }
 

@@ -15,3 +15,5 @@ mod stage;
 mod stdio;
 #[path = "launch/view.rs"]
 mod view;
+#[path = "launch/volumes.rs"]
+mod volumes;

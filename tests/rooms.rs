@@ -60,7 +60,7 @@ const ROOMS: [Room; 15] = [
     },
     Room {
         name: "host",
-        rooms: &["cgroup", "plan::limits", "sys"],
+        rooms: &["cgroup", "plan::files", "plan::limits", "sys"],
         crates: &["nix"],
     },
     Room {
@@ -109,6 +109,7 @@ const ROOMS: [Room; 15] = [
         name: "plugin",
         rooms: &[
             "config",
+            "plan::capabilities",
             "plan::limits",
             "plan::unit",
             "plan::unveil",
@@ -136,11 +137,11 @@ const ROOMS: [Room; 15] = [
     Room {
         name: "job",
         rooms: &["config", "mountinfo", "task::types"],
-        crates: &["hcl", "nix", "thiserror"],
+        crates: &["hcl", "nix", "rmp_serde", "thiserror"],
     },
     Room {
         name: "cli",
-        rooms: &["config", "host", "job", "plan", "task", "users"],
+        rooms: &["config", "host", "job", "plan", "task", "text", "users"],
         crates: &["clap", "nix", "thiserror", "tokio", "tokio_stream"],
     },
 ];

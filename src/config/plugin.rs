@@ -11,6 +11,8 @@ pub struct PluginConfig {
     pub unveil_defaults: bool,
     pub unveil_paths: Vec<String>,
     pub unveil_by_task: bool,
+    pub allow_caps: Vec<String>,
+    pub pids_max: u32,
 }
 
 impl Default for PluginConfig {
@@ -20,6 +22,8 @@ impl Default for PluginConfig {
             unveil_defaults: true,
             unveil_paths: Vec::new(),
             unveil_by_task: false,
+            allow_caps: Vec::new(),
+            pids_max: 16_384,
         }
     }
 }

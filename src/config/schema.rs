@@ -58,6 +58,11 @@ const PATHS: Kind = Kind::List {
     max_entries: 1_000,
     max_bytes: PATH_BYTES,
 };
+/// There are 41 capabilities.
+const CAPABILITIES: Kind = Kind::List {
+    max_entries: 64,
+    max_bytes: 32,
+};
 
 /// `plugin "nomad-driver-exec2" { config { … } }`.
 pub const PLUGIN: &[Key] = &[
@@ -78,6 +83,21 @@ pub const PLUGIN: &[Key] = &[
         kind: Kind::Bool,
         presence: Presence::Default("false"),
         doc: "Let jobs open further paths with `unveil`.",
+    },
+    Key {
+        name: "allow_caps",
+        kind: CAPABILITIES,
+        presence: Presence::Optional,
+        doc: "Capabilities that jobs may ask for with `cap_add`, and that root in a task has besides the usual ones.",
+    },
+    Key {
+        name: "pids_max",
+        kind: Kind::Integer {
+            min: 1,
+            max: 4_194_304,
+        },
+        presence: Presence::Default("16384"),
+        doc: "How many processes and threads each task may have.",
     },
 ];
 
@@ -109,6 +129,24 @@ pub const TASK: &[Key] = &[
         kind: Kind::Integer { min: 0, max: 1_000 },
         presence: Presence::Optional,
         doc: "How readily the kernel ends the task when memory runs out, 0 to 1000.",
+    },
+    Key {
+        name: "work_dir",
+        kind: Kind::Text { max_bytes: 4_095 },
+        presence: Presence::Optional,
+        doc: "Where the command starts, instead of the task's directory; relative to that, or an absolute path, which needs `unveil_by_task` and is unveiled with rwxc.",
+    },
+    Key {
+        name: "cap_add",
+        kind: CAPABILITIES,
+        presence: Presence::Optional,
+        doc: "Capabilities to give to the task, whatever its user; each needs to be in `allow_caps` of the plugin's configuration.",
+    },
+    Key {
+        name: "cap_drop",
+        kind: CAPABILITIES,
+        presence: Presence::Optional,
+        doc: "Capabilities to take from the task, by name or `all`.",
     },
 ];
 

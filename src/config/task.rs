@@ -12,6 +12,9 @@ pub struct TaskOptions {
     pub args: Vec<String>,
     pub unveil: Vec<String>,
     pub oom_score_adj: i16,
+    pub work_dir: String,
+    pub cap_add: Vec<String>,
+    pub cap_drop: Vec<String>,
 }
 
 impl TaskOptions {

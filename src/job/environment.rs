@@ -39,6 +39,17 @@ pub struct Placed<'a> {
     /// The exclusive cores, as `3,5`; empty without any.
     pub cpuset: &'a str,
     pub paths: &'a TaskPaths,
+    pub node: &'a Node,
+}
+
+/// What is known of the node that the task runs on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Node {
+    /// By the names that a job has for them, as `attr.kernel.name`.
+    pub facts: BTreeMap<String, String>,
+    /// The ports of the group, by label.
+    pub ports: Vec<(String, u16)>,
+    pub address: String,
 }
 
 /// The agent's own environment as tasks inherit it.
@@ -86,6 +97,17 @@ pub fn variables(placed: &Placed<'_>) -> BTreeMap<String, String> {
     if task.resources.memory_max_mib != 0 {
         let limit = task.resources.memory_max_mib.to_string();
         variables.insert("NOMAD_MEMORY_MAX_LIMIT".into(), limit);
+    }
+    for (label, port) in &placed.node.ports {
+        let ip = &placed.node.address;
+        for (name, value) in [
+            ("PORT", port.to_string()),
+            ("IP", ip.clone()),
+            ("ADDR", format!("{ip}:{port}")),
+        ] {
+            variables.insert(format!("NOMAD_{name}_{label}"), value.clone());
+            variables.insert(format!("NOMAD_HOST_{name}_{label}"), value);
+        }
     }
     // The task's own meta wins over the group's, and that over the job's.
     for (key, value) in job.meta.iter().chain(&group.meta).chain(&task.meta) {
@@ -137,6 +159,7 @@ mod tests {
             cpu_mhz: 100,
             cpuset: "",
             paths: &paths,
+            node: &Node::default(),
         });
         let get = |name: &str| variables.get(name).map(String::as_str);
         assert_eq!(get("NOMAD_ALLOC_NAME"), Some("shop.front[2]"));

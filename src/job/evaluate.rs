@@ -9,14 +9,24 @@ use hcl::expr::{Conditional, Expression, FuncCall, ObjectKey, Operation, Travers
 use hcl::template::{Element, Template};
 use hcl::{Identifier, Map, Value};
 
+use super::JobError;
+
 /// What can be named while the file is read.
 #[derive(Debug, Default)]
 pub(super) struct Names {
-    pub variables: Map<String, Value>,
-    pub locals: Map<String, Value>,
+    variables: Map<String, Value>,
+    locals: Map<String, Value>,
 }
 
 impl Names {
+    pub fn set_variable(&mut self, name: String, value: Value) {
+        self.variables.insert(name, value);
+    }
+
+    pub fn set_local(&mut self, name: String, value: Value) {
+        self.locals.insert(name, value);
+    }
+
     /// The value of an expression, with run-time names kept as `${name}`.
     pub fn evaluate(&self, expression: Expression) -> Result<Value, hcl::eval::Error> {
         let mut context = Context::new();
@@ -112,27 +122,11 @@ fn as_text(name: String) -> Expression {
     Expression::String(format!("${{{name}}}"))
 }
 
-/// What a task's strings may name while it runs: its NOMAD_ variables and its environment.
+/// What a task's strings may name while it runs: its NOMAD_ variables, its environment, and what is known of the node, as
+/// `attr.kernel.name`.
 #[derive(Debug, Clone)]
 pub struct RunTime {
     variables: BTreeMap<String, String>,
-}
-
-/// Why a string of the job could not be filled in.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum RunTimeError {
-    #[error("line {line}: `{text}` names `{name}`, which only a Nomad cluster knows")]
-    Unknown {
-        line: usize,
-        text: String,
-        name: String,
-    },
-    #[error("line {line}: `{text}`: {cause}")]
-    Template {
-        line: usize,
-        text: String,
-        cause: String,
-    },
 }
 
 impl RunTime {
@@ -141,7 +135,7 @@ impl RunTime {
     }
 
     /// A value of the driver's configuration: every string is a template, and an unknown name is an error.
-    pub fn config(&self, value: &Value, line: usize) -> Result<Value, RunTimeError> {
+    pub fn config(&self, value: &Value, line: usize) -> Result<Value, JobError> {
         Ok(match value {
             Value::String(text) => Value::String(self.string(text, line)?),
             Value::Array(items) => {
@@ -159,21 +153,25 @@ impl RunTime {
     }
 
     /// A string of the driver's configuration.
-    pub fn string(&self, text: &str, line: usize) -> Result<String, RunTimeError> {
+    pub fn string(&self, text: &str, line: usize) -> Result<String, JobError> {
         if !text.contains("${") && !text.contains("%{") {
             return Ok(text.to_owned());
         }
-        let failed = |cause: String| RunTimeError::Template {
-            line,
-            text: text.to_owned(),
-            cause,
-        };
-        let template = Template::from_str(text).map_err(|error| failed(error.to_string()))?;
+        let failed = |cause: String| JobError::new(line, format!("`{text}`: {cause}"));
+        let mut template = Template::from_str(text).map_err(|error| failed(error.to_string()))?;
+        for element in template.elements_mut() {
+            if let Element::Interpolation(interpolation) = element
+                && let Expression::Traversal(path) = &interpolation.expr
+                && let Some(value) = self.variables.get(&path_text(path))
+            {
+                interpolation.expr = Expression::String(value.clone());
+            }
+        }
         template.evaluate(&self.context()).map_err(|error| {
-            let unknown = |name: String| RunTimeError::Unknown {
-                line,
-                text: text.to_owned(),
-                name,
+            let unknown = |name: String| {
+                failed(format!(
+                    "this host does not know `{name}`; write a value in its place"
+                ))
             };
             match (error.kind(), error.expr()) {
                 (ErrorKind::UndefinedVar(_), Some(named)) => unknown(named.to_string()),
@@ -218,6 +216,15 @@ impl RunTime {
     }
 }
 
+/// The first name of Nomad's that a filled-in text still holds.
+pub fn open_name(text: &str) -> Option<&str> {
+    let starts = text.match_indices("${").map(|(at, _)| &text[at + 2..]);
+    let named = starts.filter_map(|rest| rest.split_once('}').map(|(name, _)| name));
+    let ours = ["NOMAD_", "attr.", "meta.", "node."];
+    let mut open = named.filter(|name| ours.iter().any(|prefix| name.starts_with(prefix)));
+    open.next()
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -225,8 +232,8 @@ mod tests {
 
     fn names() -> Names {
         let mut names = Names::default();
-        names.variables.insert("port".into(), Value::from(8080));
-        names.locals.insert("tag".into(), Value::from("blue"));
+        names.set_variable("port".into(), Value::from(8080));
+        names.set_local("tag".into(), Value::from("blue"));
         names
     }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::environment::{Placed, variables};
-use super::{RunTime, RunTimeError, Setting};
+use super::{Access, JobError, RunTime, Setting, VolumeMount};
 
 /// One task, ready to start.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,7 @@ pub struct Request {
     pub cpuset: String,
     pub memory_mib: u64,
     pub memory_max_mib: i64,
+    pub mounts: Vec<VolumeMount>,
     pub alloc_dir: PathBuf,
     pub stdout: PathBuf,
     pub stderr: PathBuf,
@@ -43,13 +44,14 @@ impl Request {
         user: String,
         inherited: &BTreeMap<String, String>,
         templates: &BTreeMap<String, String>,
-    ) -> Result<Self, RunTimeError> {
+    ) -> Result<Self, JobError> {
         let Placed {
             job, group, task, ..
         } = placed;
         let mut env = inherited.clone();
         env.extend(variables(placed));
-        let known = RunTime::new(env.clone());
+        let facts = || placed.node.facts.clone().into_iter();
+        let known = RunTime::new(env.clone().into_iter().chain(facts()).collect());
         for (name, Setting { value, .. }) in &task.env {
             let text = super::hcl::as_string(value.clone()).unwrap_or_default();
             env.insert(name.clone(), known.env(&text));
@@ -57,12 +59,31 @@ impl Request {
         for (name, value) in templates {
             env.entry(name.clone()).or_insert_with(|| value.clone());
         }
-        let known = RunTime::new(env.clone());
+        let known = RunTime::new(env.clone().into_iter().chain(facts()).collect());
         let fill = |(name, Setting { value, line }): &(String, Setting)| {
             let value = known.config(value, *line)?;
             Ok((name.clone(), Setting { value, line: *line }))
         };
+        let mounts = task.volume_mounts.iter().map(|mount| {
+            let volume = group.volumes.iter().find(|it| it.name == mount.volume);
+            let volume = volume.ok_or_else(|| {
+                let message = format!(
+                    "volume_mount: group {} has no volume `{}`",
+                    group.name, mount.volume
+                );
+                JobError::new(mount.line, message)
+            })?;
+            Ok(VolumeMount {
+                destination: known.string(&mount.destination, mount.line)?,
+                access: match volume.access {
+                    Access::ReadOnly => Access::ReadOnly,
+                    Access::ReadWrite => mount.access,
+                },
+                ..mount.clone()
+            })
+        });
         Ok(Request {
+            mounts: mounts.collect::<Result<_, JobError>>()?,
             id: new_task_id(placed.alloc_id, &task.name),
             name: task.name.clone(),
             user,
@@ -107,6 +128,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::job::alloc_dir::TaskPaths;
+    use crate::job::environment::Node;
     use crate::job::{Job, Value, parse};
 
     const JOB: &str = r#"
@@ -127,7 +149,7 @@ job "shop" {
 }
 "#;
 
-    fn request(job: &Job) -> Result<Request, RunTimeError> {
+    fn request(job: &Job) -> Result<Request, JobError> {
         let paths = TaskPaths {
             root: "/m".into(),
             local: "/m/local".into(),
@@ -145,6 +167,7 @@ job "shop" {
             cpu_mhz: 100,
             cpuset: "",
             paths: &paths,
+            node: &Node::default(),
         };
         let inherited = BTreeMap::from([("PATH".to_owned(), "/bin".to_owned())]);
         let templates = BTreeMap::from([("FROM_TEMPLATE".to_owned(), "yes".to_owned())]);
@@ -183,6 +206,31 @@ job "shop" {
         assert!(
             error.contains("line 12") && error.contains("NOMAD_BOGUS"),
             "{error}"
+        );
+    }
+
+    #[test]
+    fn a_volume_is_mounted_where_and_as_the_job_says() {
+        let volumes =
+            "group \"front\" {\nvolume \"data\" {\nread_only = true\n}\nvolume \"work\" {\n}";
+        let mounts = "task \"web\" {\nvolume_mount {\nvolume = \"data\"\ndestination = \"${NOMAD_TASK_DIR}/data\"\n}\n\
+            volume_mount {\nvolume = \"work\"\ndestination = \"/work\"\npropagation_mode = \"host-to-task\"\n}";
+        let text = JOB
+            .replace(", \"${NOMAD_BOGUS}\"", "")
+            .replace("group \"front\" {", volumes)
+            .replace("task \"web\" {", mounts);
+        let request = request(&parse(&text, &[]).unwrap()).unwrap();
+        let seen: Vec<_> = request
+            .mounts
+            .iter()
+            .map(|it| (it.destination.as_str(), it.access, it.propagation.as_str()))
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                ("/m/local/data", Access::ReadOnly, "private"),
+                ("/work", Access::ReadWrite, "host-to-task"),
+            ]
         );
     }
 }

@@ -2,29 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
 
 use super::environment::{Placed, variables};
-use super::{RunTime, RunTimeError, Target, Template};
-
-#[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
-    #[error(transparent)]
-    RunTime(#[from] RunTimeError),
-    #[error("line {line}: template destination {path} is outside the task's directory")]
-    Outside { line: usize, path: PathBuf },
-    #[error("line {line}: cannot write template {path}: {source}")]
-    Write {
-        line: usize,
-        path: PathBuf,
-        source: std::io::Error,
-    },
-}
+use super::{JobError, RunTime, Target, Template};
 
 /// Writes every template of a task and returns what they add to its environment.
-pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, TemplateError> {
-    let known = RunTime::new(variables(placed));
+pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> {
+    let known = RunTime::new(
+        variables(placed)
+            .into_iter()
+            .chain(placed.node.facts.clone())
+            .collect(),
+    );
     let mut env = BTreeMap::new();
     for template in &placed.task.templates {
         let destination = PathBuf::from(known.string(&template.destination, template.line)?);
@@ -36,26 +28,54 @@ pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, TemplateEr
     Ok(env)
 }
 
+/// Writes the payload of a dispatch below the task's `local`.
+pub fn write_payload(placed: &Placed<'_>, payload: &[u8]) -> Result<(), JobError> {
+    let Some(file) = &placed.task.payload_file else {
+        return Ok(());
+    };
+    let name = super::hcl::as_string(file.value.clone()).unwrap_or_default();
+    let written = below(&placed.paths.local, Path::new(&name)).and_then(|path| {
+        create_parent(&path)?;
+        fs::write(&path, payload)
+    });
+    written.map_err(|error| {
+        JobError::new(
+            file.line,
+            format!("dispatch_payload file `{name}`: {error}"),
+        )
+    })
+}
+
+fn write_one(root: &Path, destination: &Path, template: &Template) -> Result<(), JobError> {
+    let written = below(root, destination).and_then(|path| {
+        create_parent(&path)?;
+        fs::write(&path, &template.data)?;
+        chown(&path, template.uid, template.gid)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(template.mode))
+    });
+    written.map_err(|error| {
+        let message = format!("template destination `{}`: {error}", destination.display());
+        JobError::new(template.line, message)
+    })
+}
+
 /// The directory is fresh and no task has run in it yet, so it holds no symbolic link that could lead out.
-fn write_one(root: &Path, destination: &Path, template: &Template) -> Result<(), TemplateError> {
-    let line = template.line;
-    let path = root.join(destination);
+fn below(root: &Path, name: &Path) -> io::Result<PathBuf> {
+    let path = root.join(name);
     let inside = path.strip_prefix(root).is_ok_and(|below| {
         below
             .components()
             .all(|part| matches!(part, Component::Normal(_)))
     });
     if !inside || path == root {
-        return Err(TemplateError::Outside {
-            line,
-            path: destination.to_owned(),
-        });
+        let sentence = "it is outside the task's directory; name a file such as local/app.conf";
+        return Err(io::Error::new(ErrorKind::InvalidInput, sentence));
     }
-    let parent = path.parent().unwrap_or(root);
-    fs::create_dir_all(parent)
-        .and_then(|()| fs::write(&path, &template.data))
-        .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(template.mode)))
-        .map_err(|source| TemplateError::Write { line, path, source })
+    Ok(path)
+}
+
+fn create_parent(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), fs::create_dir_all)
 }
 
 /// `KEY=value` lines, with an optional `export` and quotes.
@@ -87,6 +107,8 @@ mod tests {
             data: "x".into(),
             destination: destination.into(),
             mode: 0o640,
+            uid: None,
+            gid: None,
             target: Target::File,
             line: 3,
         }

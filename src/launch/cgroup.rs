@@ -1,11 +1,14 @@
-//! What the task sees of cgroups: its own scope and the way to it, read-only. From a descriptor of any other cgroup's
-//! directory, root could start processes outside of the scope's limits.
+//! What the task sees of cgroups: its own scope, read-only, as if there were no other. From a descriptor of any other
+//! cgroup's directory, root could start processes outside of the scope's limits.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::layers::{self, Finish, Layer, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
+use nix::sched::CloneFlags;
+use rustix::io::Errno;
+
+use super::layers::{self, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
 use super::place::open_resolved;
 use super::report::{At, Failure};
 use crate::plan::steps::Step;
@@ -22,36 +25,22 @@ pub(super) struct Memory {
     peak: Option<File>,
 }
 
-/// Hides all cgroups but the one that this process is in.
+/// Leaves the host's cgroup namespace for one whose root is the scope, where runtimes look for their limits.
 pub(super) fn confine() -> Result<Memory, Failure> {
     let scope = own_cgroup()?;
+    let open = |name: &str| File::open(scope.as_ref()?.join(name)).ok();
     let memory = Memory {
-        events: scope
-            .as_ref()
-            .and_then(|dir| File::open(dir.join("memory.events")).ok()),
-        peak: scope
-            .as_ref()
-            .and_then(|dir| File::open(dir.join("memory.peak")).ok()),
+        events: open("memory.events"),
+        peak: open("memory.peak"),
     };
-    if open_resolved(Path::new(MOUNT)).is_err() {
-        return Ok(memory);
-    }
-    let mut layers = vec![Layer {
-        path: MOUNT.into(),
-        tree: layers::empty().at_path(Step::Cgroup, MOUNT)?,
-        finish: Finish::Seal,
-    }];
-    if let Some(path) = scope {
-        let tree = open_resolved(&path)
-            .and_then(|place| layers::clone_tree(place, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY))
-            .at_path(Step::Cgroup, &path)?;
-        layers.push(Layer {
-            path,
-            tree,
-            finish: Finish::Keep,
-        });
-    }
-    layers::lay(Step::Cgroup, layers)?;
+    nix::sched::unshare(CloneFlags::CLONE_NEWCGROUP).at(Step::Cgroup)?;
+    let place = match open_resolved(Path::new(MOUNT)) {
+        Err(Errno::NOENT) => return Ok(memory),
+        place => place.at_path(Step::Cgroup, MOUNT)?,
+    };
+    layers::new_filesystem(c"cgroup2", &[], NO_SUID | NO_DEV | NO_EXEC | READ_ONLY)
+        .and_then(|own| layers::move_onto(&own, place))
+        .at_path(Step::Cgroup, MOUNT)?;
     Ok(memory)
 }
 

@@ -46,10 +46,15 @@ pub(super) struct Layer {
 pub(super) fn lay(step: Step, mut layers: Vec<Layer>) -> Result<(), Failure> {
     layers.sort_by(|a, b| a.path.cmp(&b.path));
     for layer in &layers {
-        attach(layer).at_path(step, &layer.path)?;
+        let laid = if layer.path == Path::new("/") {
+            replace_root(&layer.tree)
+        } else {
+            attach(layer)
+        };
+        laid.at_path(step, &layer.path)?;
     }
     for layer in layers.iter().filter(|layer| layer.finish == Finish::Seal) {
-        sys::mount_setattr(&layer.tree, c"", libc::AT_EMPTY_PATH, READ_ONLY)
+        sys::mount_setattr(&layer.tree, c"", libc::AT_EMPTY_PATH, READ_ONLY, 0)
             .at_path(step, &layer.path)?;
     }
     Ok(())
@@ -78,7 +83,11 @@ fn make_mount_point(layer: &Layer) -> Result<OwnedFd, Errno> {
 }
 
 /// Makes a directory for a directory to be mounted on, and a file for anything else.
-fn make_entry(parent: &OwnedFd, name: impl AsRef<Path>, tree: impl AsFd) -> Result<OwnedFd, Errno> {
+pub(super) fn make_entry(
+    parent: &OwnedFd,
+    name: impl AsRef<Path>,
+    tree: impl AsFd,
+) -> Result<OwnedFd, Errno> {
     let name = name.as_ref();
     match FileType::from_raw_mode(fstat(tree)?.st_mode) {
         FileType::Directory => mkdirat(parent, name, Mode::from_raw_mode(0o755))?,
@@ -106,9 +115,18 @@ fn make_directory(path: &Path) -> Result<OwnedFd, Errno> {
 
 /// A copy of the mounts at an open place.
 pub(super) fn clone_tree(place: impl AsFd, set: Attributes) -> Result<OwnedFd, Errno> {
+    copy_as(place, set, 0)
+}
+
+/// The same with a propagation, `libc::MS_PRIVATE` or `libc::MS_SLAVE`; 0 keeps what it is.
+pub(super) fn copy_as(
+    place: impl AsFd,
+    set: Attributes,
+    propagation: u64,
+) -> Result<OwnedFd, Errno> {
     let tree = copy_tree(place)?;
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
-    sys::mount_setattr(&tree, c"", flags, set).map_err(errno)?;
+    sys::mount_setattr(&tree, c"", flags, set, propagation).map_err(errno)?;
     Ok(tree)
 }
 
@@ -145,7 +163,7 @@ pub(super) fn empty() -> Result<OwnedFd, Errno> {
 
 /// Changes what is mounted at exactly this path.
 pub(super) fn set_attributes(path: &CStr, flags: i32, set: Attributes) -> Result<(), Errno> {
-    sys::mount_setattr(CWD, path, flags, set).map_err(errno)
+    sys::mount_setattr(CWD, path, flags, set, 0).map_err(errno)
 }
 
 /// Replaces the whole tree by a copy of it without these mounts and what is on them. To unmount them one by one would wait
@@ -166,9 +184,13 @@ pub(super) fn leave_out(points: &[PathBuf]) -> Result<(), Errno> {
             sunk => sunk?,
         }
     }
-    let tree = copy_tree(&root)?;
-    move_onto(&tree, &root)?;
-    fchdir(&tree)?;
+    replace_root(&copy_tree(&root)?)
+}
+
+/// Makes a tree the root of this process' mount namespace, and lets go of the old one.
+fn replace_root(tree: &OwnedFd) -> Result<(), Errno> {
+    move_onto(tree, open_resolved(Path::new("/"))?)?;
+    fchdir(tree)?;
     // With both names the same, the old root comes to lie on the new one.
     pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;

@@ -5,6 +5,7 @@
 mod cgroup;
 mod confine;
 mod exec;
+mod files;
 mod layers;
 mod mounts;
 mod namespaces;
@@ -15,6 +16,7 @@ mod spawn;
 mod stdio;
 mod supervise;
 mod task;
+mod volumes;
 
 use std::fs::File;
 use std::io::Read;
@@ -80,8 +82,9 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     let outputs = stdio::open(&order)?;
     namespaces::join_network(&order)?;
     namespaces::unshare()?;
+    let volumes = volumes::open(&order)?;
     namespaces::cut_propagation()?;
-    let root = mounts::build(&order)?;
+    let root = mounts::build(&order, volumes)?;
     let prepared = Prepared {
         root,
         host_proc,

@@ -11,11 +11,13 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FileType, OFlags, fstat};
 use rustix::io::Errno;
 
+use super::files;
 use super::layers::{self, Finish, Layer, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
 use super::place::{TaskRoot, open_resolved};
 use super::report::{At, Failure};
+use super::volumes::Volumes;
 use crate::mountinfo::{self, Mount};
-use crate::plan::steps::{Order, RunMask, Step, TaskDir, Tree, View};
+use crate::plan::steps::{Order, RunMask, Step, TaskDir, Tree, View, Write};
 
 const TERMINALS: &str = "/dev/pts";
 
@@ -28,11 +30,12 @@ const KEPT_RUN: [&str; 4] = [
 ];
 
 /// Builds the view and returns the task's directory as it is in it.
-pub(super) fn build(order: &Order) -> Result<TaskRoot, Failure> {
+pub(super) fn build(order: &Order, mut volumes: Volumes) -> Result<TaskRoot, Failure> {
     let view = &order.view;
     let_go_of_others(&order.task_dir)?;
     let root = TaskRoot::open(&order.task_dir, Step::View)?;
-    let layers = layers_of(view, &root, &order.task_dir.alloc_dir)?;
+    let mut layers = layers_of(view, &root, &order.task_dir.alloc_dir, &mut volumes)?;
+    layers.extend(files::layers(&order.replaced)?);
     if view.tree == Tree::ReadOnly {
         let set = READ_ONLY | NO_SUID | NO_DEV;
         layers::set_attributes(c"/", libc::AT_RECURSIVE, set).at_path(Step::View, "/")?;
@@ -40,11 +43,17 @@ pub(super) fn build(order: &Order) -> Result<TaskRoot, Failure> {
     layers::lay(Step::View, layers)?;
     let root = TaskRoot::open(&order.task_dir, Step::View)?;
     close_logs(&root)?;
+    volumes.lay_own(&root)?;
     Ok(root)
 }
 
 /// Everything that is laid over the tree, copied from it while it still is the host's.
-fn layers_of(view: &View, root: &TaskRoot, alloc_dir: &Path) -> Result<Vec<Layer>, Failure> {
+fn layers_of(
+    view: &View,
+    root: &TaskRoot,
+    alloc_dir: &Path,
+    volumes: &mut Volumes,
+) -> Result<Vec<Layer>, Failure> {
     let task_dir = resolve(&root.path(""))?.unwrap_or_else(|| root.path(""));
     let alloc_dir = resolve(alloc_dir)?.unwrap_or_else(|| alloc_dir.to_owned());
     let mut wanted = Wanted::all(view)?;
@@ -61,14 +70,19 @@ fn layers_of(view: &View, root: &TaskRoot, alloc_dir: &Path) -> Result<Vec<Layer
         .collect();
     let is_hidden = |path: &Path| hidden.iter().any(|mask| path.starts_with(&mask.path));
 
-    let mut layers = vec![
-        layer(
-            task_dir.clone(),
-            layers::clone_tree(root.fd(), NO_SUID | NO_DEV),
-        )?,
-        proc(view)?,
-    ];
-    if view.tree == Tree::ReadOnly && !brought(Path::new("/dev")) {
+    let mut layers = volumes.mirrors(is_hidden)?;
+    layers.push(layer(
+        task_dir.clone(),
+        layers::clone_tree(root.fd(), NO_SUID | NO_DEV),
+    )?);
+    layers.push(proc(view)?);
+    for path in view.masked.iter().filter(|path| path.exists()) {
+        layers.push(unreadable(path)?);
+    }
+    let is_mirrored = layers
+        .iter()
+        .any(|layer| layer.path.parent() == Some(Path::new("/dev")));
+    if view.tree == Tree::ReadOnly && !brought(Path::new("/dev")) && !is_mirrored {
         layers.extend(dev()?);
     }
     if !is_hidden(&alloc_dir) {
@@ -91,13 +105,8 @@ fn layers_of(view: &View, root: &TaskRoot, alloc_dir: &Path) -> Result<Vec<Layer
             layers.extend(copy(want.path.clone(), want.write)?);
         }
     }
+    layers.extend(volumes.layers(&task_dir)?);
     Ok(layers)
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Write {
-    Denied,
-    Allowed,
 }
 
 /// A path that the job or the operator asked for: to be writable, or to be seen in spite of a mask.
@@ -240,6 +249,15 @@ fn proc(view: &View) -> Result<Layer, Failure> {
     layer("/proc".into(), layers::new_filesystem(c"proc", &[], set))
 }
 
+/// A device where devices do not work: nobody can open it.
+fn unreadable(path: &Path) -> Result<Layer, Failure> {
+    let null = open_resolved(Path::new("/dev/null")).at_path(Step::View, "/dev/null")?;
+    layer(
+        path.to_owned(),
+        layers::clone_tree(null, NO_SUID | NO_DEV | NO_EXEC | READ_ONLY),
+    )
+}
+
 /// /dev as it is, but read-only: devices are written to all the same, and nobody changes their owners and modes.
 fn dev() -> Result<Option<Layer>, Failure> {
     match open_resolved(Path::new("/dev")) {
@@ -337,7 +355,7 @@ fn begins_with_uuid(name: &[u8]) -> bool {
         })
 }
 
-fn layer(path: PathBuf, tree: Result<OwnedFd, Errno>) -> Result<Layer, Failure> {
+pub(super) fn layer(path: PathBuf, tree: Result<OwnedFd, Errno>) -> Result<Layer, Failure> {
     let tree = tree.at_path(Step::View, &path)?;
     Ok(Layer {
         path,
@@ -347,7 +365,7 @@ fn layer(path: PathBuf, tree: Result<OwnedFd, Errno>) -> Result<Layer, Failure> 
 }
 
 /// The path with all links followed; `None` if there is nothing.
-fn resolve(path: &Path) -> Result<Option<PathBuf>, Failure> {
+pub(super) fn resolve(path: &Path) -> Result<Option<PathBuf>, Failure> {
     match fs::canonicalize(path) {
         Err(error)
             if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)

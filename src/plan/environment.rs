@@ -29,20 +29,35 @@ const DROPPED: [&str; 20] = [
     "XAUTHORITY",
 ];
 
+/// What depends on the task's user and directories.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    pub user: &'a str,
+    pub home: &'a Path,
+    pub tmp: &'a Path,
+    pub work_dir: &'a Path,
+}
+
+/// `devices` are the variables that device plugins ask for; they win, since they name what was reserved.
 pub fn environment(
     given: &BTreeMap<String, String>,
-    user: &str,
-    home: &Path,
-    tmp: &Path,
+    devices: &BTreeMap<String, String>,
+    own: &Own<'_>,
 ) -> Vec<(String, String)> {
     let mut env: BTreeMap<String, String> = given
         .iter()
+        .chain(devices)
         .filter(|(name, _)| !name.starts_with("LD_") && !DROPPED.contains(&name.as_str()))
         .map(|(name, value)| (name.clone(), value.clone()))
         .collect();
-    env.insert("USER".into(), user.into());
-    env.insert("HOME".into(), home.display().to_string());
-    env.insert("TMPDIR".into(), tmp.display().to_string());
+    env.insert("USER".into(), own.user.into());
+    for (name, path) in [
+        ("HOME", own.home),
+        ("TMPDIR", own.tmp),
+        ("NOMAD_WORK_DIR", own.work_dir),
+    ] {
+        env.insert(name.into(), path.display().to_string());
+    }
     env.into_iter().collect()
 }
 
@@ -65,16 +80,19 @@ mod tests {
             .iter()
             .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
             .collect();
-        let env = environment(
-            &given,
-            "nomad-80001",
-            Path::new("/nonexistent"),
-            Path::new("/m/tmp"),
-        );
+        let devices = BTreeMap::from([("A".to_owned(), "device".to_owned())]);
+        let own = Own {
+            user: "nomad-80001",
+            home: Path::new("/nonexistent"),
+            tmp: Path::new("/m/tmp"),
+            work_dir: Path::new("/m"),
+        };
+        let env = environment(&given, &devices, &own);
         let expected = [
-            ("A", "b"),
+            ("A", "device"),
             ("EMPTY", ""),
             ("HOME", "/nonexistent"),
+            ("NOMAD_WORK_DIR", "/m"),
             ("TMPDIR", "/m/tmp"),
             ("USER", "nomad-80001"),
         ];

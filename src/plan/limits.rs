@@ -1,6 +1,7 @@
 //! From what a job asks for (MHz, cores, MiB) to what systemd and the kernel take.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use thiserror::Error;
 
@@ -44,6 +45,9 @@ pub enum QuotaGrain {
 /// A limit as a cgroup file has it: `Some(None)` is no limit, `None` is no such file.
 pub type InForce = Option<Option<u64>>;
 
+/// CPUs by number, as the kernel counts them.
+pub type Cpus = BTreeSet<u16>;
+
 /// The limits of one scope.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
@@ -55,7 +59,8 @@ pub struct Limits {
     pub memory_low_bytes: u64,
     /// Processes and threads.
     pub tasks_max: u64,
-    pub allowed_cpus: Option<BTreeSet<u16>>,
+    /// Its own, of a task with `cores`; of any other those that nobody reserved. `None`: all of the host's.
+    pub allowed_cpus: Option<Cpus>,
 }
 
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -74,18 +79,19 @@ pub enum LimitError {
 
 /// Period of the quota, the kernel's and systemd's default.
 pub const QUOTA_PERIOD_USEC: u64 = 100_000;
-/// Generous: a bound on fork bombs, not on programs.
-const TASKS_MAX: u64 = 16_384;
 /// The kernel refuses a quota below 1 ms per period.
 const MIN_QUOTA_USEC_PER_SEC: u64 = 10_000;
 const USEC_PER_SEC: u64 = 1_000_000;
 const MIB: u64 = 1 << 20;
 
 impl Limits {
+    /// `share` are the CPUs of a task without `cores`, as in `allowed_cpus`.
     pub fn new(
         resources: &Resources,
         compute: Option<Compute>,
         grain: QuotaGrain,
+        share: Option<&Cpus>,
+        pids_max: u32,
     ) -> Result<Self, LimitError> {
         if resources.memory_mib == 0 {
             return Err(LimitError::NoMemory);
@@ -96,12 +102,18 @@ impl Limits {
             MemoryMax::Mib(max) => (reserved, Some(max.saturating_mul(MIB))),
             MemoryMax::Unlimited => (reserved, None),
         };
+        let own = cpus(&resources.cpuset)?;
+        let cpu_quota_usec_per_sec = match &own {
+            // Whole CPUs: their MHz are theirs alone, whatever the average core of the node has.
+            Some(own) => own.len() as u64 * USEC_PER_SEC,
+            None => quota(resources.cpu_mhz, compute, grain)?,
+        };
         Ok(Self {
-            cpu_quota_usec_per_sec: quota(resources.cpu_mhz, compute, grain)?,
+            cpu_quota_usec_per_sec,
             memory_max_bytes,
             memory_low_bytes,
-            tasks_max: TASKS_MAX,
-            allowed_cpus: cpus(&resources.cpuset)?,
+            tasks_max: pids_max.into(),
+            allowed_cpus: own.or_else(|| share.cloned()),
         })
     }
 
@@ -110,6 +122,7 @@ impl Limits {
         &self,
         memory_max_bytes: InForce,
         cpu_quota_usec_per_sec: InForce,
+        effective_cpus: Option<&Cpus>,
     ) -> Vec<String> {
         let asked = [
             (
@@ -142,7 +155,56 @@ impl Limits {
             });
             format!("{file} is {found}, the job asks for {}", shown(asked, unit))
         };
-        different.map(sentence).collect()
+        different
+            .map(sentence)
+            .chain(self.other_cpus(effective_cpus))
+            .collect()
+    }
+
+    fn other_cpus(&self, effective: Option<&Cpus>) -> Option<String> {
+        let given = self.allowed_cpus.as_ref()?;
+        let found = match effective {
+            Some(effective) if effective == given => return None,
+            Some(effective) => List(effective).to_string(),
+            None => "not there (no controller)".into(),
+        };
+        let given = List(given);
+        Some(format!(
+            "cpuset.cpus.effective is {found}, Nomad gives the task CPUs {given}"
+        ))
+    }
+}
+
+/// The CPUs of a task without `cores`: those that the agent gives to tasks (all of the host's if it told none), without what
+/// others have reserved. `nomads` is what Nomad's share.slice has; `None` if that is absent or empty.
+pub fn share(nomads: Option<&Cpus>, usable: &Cpus, all: &Cpus) -> Cpus {
+    let usable = if usable.is_empty() { all } else { usable };
+    // Nomad writes the file at the next reservation only, when the operator may have changed `usable` since the last.
+    let left = nomads.map(|nomads| nomads & usable);
+    left.filter(|left| !left.is_empty())
+        .unwrap_or_else(|| usable.clone())
+}
+
+/// CPUs as the kernel lists them, `0-3,7`.
+#[derive(Debug)]
+pub struct List<'a>(pub &'a Cpus);
+
+impl fmt::Display for List<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut cpus = self.0.iter().copied().peekable();
+        let mut comma = "";
+        while let Some(first) = cpus.next() {
+            let mut last = first;
+            while let Some(next) = cpus.next_if(|next| *next == last + 1) {
+                last = next;
+            }
+            match last - first {
+                0 => write!(f, "{comma}{first}")?,
+                _ => write!(f, "{comma}{first}-{last}")?,
+            }
+            comma = ",";
+        }
+        Ok(())
     }
 }
 
@@ -171,12 +233,12 @@ fn quota(cpu_mhz: u64, compute: Option<Compute>, grain: QuotaGrain) -> Result<u6
 }
 
 /// A kernel CPU list, `0-3,7`; `None` if empty.
-pub fn cpus(list: &str) -> Result<Option<BTreeSet<u16>>, LimitError> {
+pub fn cpus(list: &str) -> Result<Option<Cpus>, LimitError> {
     let wrong = || LimitError::Cpuset(list.chars().take(80).collect());
     if list.trim().is_empty() {
         return Ok(None);
     }
-    let mut set = BTreeSet::new();
+    let mut set = Cpus::new();
     for part in list.trim().split(',') {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let parse = |text: &str| text.trim().parse::<u16>().ok().filter(|cpu| *cpu < 8192);
@@ -200,6 +262,8 @@ mod tests {
         cores: 4,
     });
 
+    const PIDS_MAX: u32 = 16_384;
+
     fn resources(cpu_mhz: u64, memory_max_mib: MemoryMax) -> Resources {
         Resources {
             cpu_mhz,
@@ -211,11 +275,23 @@ mod tests {
 
     #[test]
     fn mhz_are_a_share_of_one_core() {
-        let limits =
-            Limits::new(&resources(500, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        let limits = Limits::new(
+            &resources(500, MemoryMax::Unset),
+            NODE,
+            QuotaGrain::Fine,
+            None,
+            PIDS_MAX,
+        )
+        .unwrap();
         assert_eq!(limits.cpu_quota_usec_per_sec, 250_000);
-        let limits =
-            Limits::new(&resources(6000, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        let limits = Limits::new(
+            &resources(6000, MemoryMax::Unset),
+            NODE,
+            QuotaGrain::Fine,
+            None,
+            PIDS_MAX,
+        )
+        .unwrap();
         assert_eq!(limits.cpu_quota_usec_per_sec, 3_000_000);
     }
 
@@ -232,6 +308,8 @@ mod tests {
                 &resources(mhz, MemoryMax::Unset),
                 NODE,
                 QuotaGrain::WholePercent,
+                None,
+                PIDS_MAX,
             )
             .unwrap();
             assert_eq!(limits.cpu_quota_usec_per_sec, quota, "{mhz} MHz");
@@ -241,7 +319,8 @@ mod tests {
     #[test]
     fn memory_max_turns_memory_into_a_reservation() {
         let of = |max| {
-            let limits = Limits::new(&resources(100, max), NODE, QuotaGrain::Fine).unwrap();
+            let limits =
+                Limits::new(&resources(100, max), NODE, QuotaGrain::Fine, None, PIDS_MAX).unwrap();
             (limits.memory_low_bytes, limits.memory_max_bytes)
         };
         assert_eq!(of(MemoryMax::Unset), (0, Some(64 * MIB)));
@@ -262,8 +341,14 @@ mod tests {
                 cores: 0,
             }),
         ] {
-            let error = Limits::new(&resources(100, MemoryMax::Unset), compute, QuotaGrain::Fine)
-                .unwrap_err();
+            let error = Limits::new(
+                &resources(100, MemoryMax::Unset),
+                compute,
+                QuotaGrain::Fine,
+                None,
+                PIDS_MAX,
+            )
+            .unwrap_err();
             assert_eq!(error, LimitError::NoCompute(100));
         }
     }
@@ -278,7 +363,7 @@ mod tests {
         };
         for grain in [QuotaGrain::Fine, QuotaGrain::WholePercent] {
             assert!(
-                Limits::new(&resources, NODE, grain)
+                Limits::new(&resources, NODE, grain, None, PIDS_MAX)
                     .unwrap()
                     .cpu_quota_usec_per_sec
                     > 0
@@ -288,15 +373,21 @@ mod tests {
 
     #[test]
     fn limits_that_are_not_in_force_are_told() {
-        let limits =
-            Limits::new(&resources(667, MemoryMax::Unset), NODE, QuotaGrain::Fine).unwrap();
+        let limits = Limits::new(
+            &resources(667, MemoryMax::Unset),
+            NODE,
+            QuotaGrain::Fine,
+            None,
+            PIDS_MAX,
+        )
+        .unwrap();
         // 333,500 µs per second are 33,350 µs per period.
         assert_eq!(
-            limits.differences(Some(Some(64 * MIB)), Some(Some(333_500))),
+            limits.differences(Some(Some(64 * MIB)), Some(Some(333_500)), None),
             Vec::<String>::new()
         );
         assert_eq!(
-            limits.differences(Some(None), None),
+            limits.differences(Some(None), None, None),
             [
                 "memory.max is no limit, the job asks for 67108864 bytes",
                 "cpu.max is not there (no controller), the job asks for 333500 µs per second"
@@ -306,12 +397,76 @@ mod tests {
             &resources(667, MemoryMax::Unlimited),
             NODE,
             QuotaGrain::Fine,
+            None,
+            PIDS_MAX,
         )
         .unwrap();
         assert_eq!(
-            unlimited.differences(Some(None), Some(Some(333_500))),
+            unlimited.differences(Some(None), Some(Some(333_500)), None),
             Vec::<String>::new()
         );
+    }
+
+    #[test]
+    fn cores_are_whole_cpus_whatever_their_mhz() {
+        // Faster than the node's average core, slower, and told no speed at all.
+        for (mhz, compute) in [(5000, NODE), (3000, NODE), (0, None)] {
+            let resources = Resources {
+                cpuset: "1,3".into(),
+                ..resources(mhz, MemoryMax::Unset)
+            };
+            for grain in [QuotaGrain::Fine, QuotaGrain::WholePercent] {
+                let share = Cpus::from([0, 2]);
+                let limits =
+                    Limits::new(&resources, compute, grain, Some(&share), PIDS_MAX).unwrap();
+                assert_eq!(limits.cpu_quota_usec_per_sec, 2_000_000);
+                assert_eq!(limits.allowed_cpus, Some(Cpus::from([1, 3])));
+            }
+        }
+    }
+
+    #[test]
+    fn a_task_without_cores_has_those_that_nobody_reserved() {
+        let (usable, all) = (Cpus::from([0, 1, 2]), Cpus::from([0, 1, 2, 3]));
+        let left = Cpus::from([2]);
+        assert_eq!(share(Some(&left), &usable, &all), left);
+        assert_eq!(share(Some(&Cpus::from([2, 3])), &usable, &all), left);
+        assert_eq!(share(Some(&Cpus::from([3])), &usable, &all), usable);
+        assert_eq!(share(None, &usable, &all), usable);
+        assert_eq!(share(None, &Cpus::new(), &all), all);
+        let shared = resources(500, MemoryMax::Unset);
+        let limits = Limits::new(&shared, NODE, QuotaGrain::Fine, Some(&left), PIDS_MAX).unwrap();
+        assert_eq!(limits.allowed_cpus, Some(left));
+        assert_eq!(limits.cpu_quota_usec_per_sec, 250_000);
+    }
+
+    #[test]
+    fn cpus_that_are_not_the_task_s_are_told() {
+        let shared = resources(500, MemoryMax::Unset);
+        let of = |share: Option<&Cpus>, found: Option<&Cpus>| {
+            let limits = Limits::new(&shared, NODE, QuotaGrain::Fine, share, PIDS_MAX).unwrap();
+            limits.differences(Some(Some(64 * MIB)), Some(Some(250_000)), found)
+        };
+        let given = Cpus::from([0, 1, 2, 5]);
+        let none: [&str; 0] = [];
+        assert_eq!(of(Some(&given), Some(&given)), none);
+        assert_eq!(of(None, None), none);
+        assert_eq!(
+            of(Some(&given), Some(&Cpus::from([0]))),
+            ["cpuset.cpus.effective is 0, Nomad gives the task CPUs 0-2,5"]
+        );
+        assert_eq!(
+            of(Some(&given), None),
+            ["cpuset.cpus.effective is not there (no controller), Nomad gives the task CPUs 0-2,5"]
+        );
+    }
+
+    #[test]
+    fn cpu_lists_are_written_as_the_kernel_writes_them() {
+        for list in ["", "0", "0-1", "3,5-7,9", "0-2,4"] {
+            let set = cpus(list).unwrap().unwrap_or_default();
+            assert_eq!(List(&set).to_string(), list);
+        }
     }
 
     #[test]

@@ -2,13 +2,15 @@
 
 pub mod capabilities;
 pub mod environment;
+pub mod files;
 pub mod limits;
 pub mod signal;
 pub mod steps;
 pub mod unit;
 pub mod unveil;
+pub mod volumes;
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use thiserror::Error;
 
@@ -17,10 +19,13 @@ use crate::config::task::TaskOptions;
 use crate::task::types::TaskRequest;
 use crate::text::UnitText;
 use crate::users::Account;
-use limits::{Compute, LimitError, Limits, QuotaGrain};
-use steps::{Order, Place, Stdio, TaskDir};
+use capabilities::{Capabilities, CapabilityError, Subject};
+use files::{FileError, Resolver};
+use limits::{Compute, Cpus, LimitError, Limits, QuotaGrain};
+use steps::{Order, Place, Rule, Stdio, TaskDir};
 use unit::UnitName;
 use unveil::{Alias, ByTask, Defaults, Gate, UnveilError};
+use volumes::VolumeError;
 
 /// What was found out about the host and the task before anything is decided.
 #[derive(Debug, Clone)]
@@ -31,6 +36,10 @@ pub struct Facts {
     pub aliases: Vec<Alias>,
     pub compute: Option<Compute>,
     pub grain: QuotaGrain,
+    /// Read where the job or its network makes a difference.
+    pub resolver: Resolver,
+    /// CPUs of a task without `cores`; `None` if nothing keeps it off any.
+    pub share_cpus: Option<Cpus>,
     /// The service that the agent runs in.
     pub agent_unit: Option<String>,
     /// RLIMIT_NOFILE, soft and hard, that the plugin was started with.
@@ -69,10 +78,22 @@ pub enum PlanError {
         "network: Nomad names no namespace for a task that must not share the host's; stop the allocation, so that Nomad makes its network anew"
     )]
     NoNetwork,
+    #[error(
+        "work_dir = {0:?}: task set work_dir outside sandbox but driver config does not allow this; the operator sets unveil_by_task = true to allow it"
+    )]
+    WorkDirOutside(String),
+    #[error("work_dir = {0:?} leaves the task's directory by \"..\"; write an absolute path")]
+    WorkDirLeaves(String),
+    #[error(transparent)]
+    Capability(#[from] CapabilityError),
     #[error(transparent)]
     Limit(#[from] LimitError),
     #[error(transparent)]
     Unveil(#[from] UnveilError),
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 /// Arguments of a command; the kernel's own bound is on their bytes.
@@ -85,28 +106,51 @@ impl Plan {
         facts: &Facts,
     ) -> Result<Self, PlanError> {
         let options = &request.options;
-        let rules = unveil::rules(gate(config), &options.unveil, &facts.aliases)?;
-        let limits = Limits::new(&request.resources, facts.compute, facts.grain)?;
+        let work_dir = work_dir(config, options, &facts.aliases)?;
+        let mut unveil = options.unveil.clone();
+        if let Place::Host(path) = &work_dir {
+            unveil.push(format!("rwxc:{}", path.display()));
+        }
+        let volumes = volumes::volumes(&request.mounts, &request.devices, &facts.aliases)?;
+        let rules = unveil::rules(gate(config, &volumes.rules), &unveil, &facts.aliases)?;
+        let replaced = files::replaced(&files::Wanted {
+            account: &facts.account,
+            rules: &rules,
+            dns: request.dns.as_ref(),
+            hosts: request.hosts.as_ref(),
+            owns_network: request.network_namespace.is_some(),
+            resolver: &facts.resolver,
+        })?;
+        let limits = Limits::new(
+            &request.resources,
+            facts.compute,
+            facts.grain,
+            facts.share_cpus.as_ref(),
+            config.pids_max,
+        )?;
         let uid = facts.account.uid;
-        let slice = if limits.allowed_cpus.is_some() {
-            unit::RESERVE_SLICE
-        } else {
+        let capabilities = capabilities(config, request, uid)?;
+        let slice = if request.resources.cpuset.trim().is_empty() {
             unit::SHARE_SLICE
+        } else {
+            unit::RESERVE_SLICE
         };
         let order = Order {
             command: command(options)?,
             args: args(options)?,
-            env: environment(request, facts)?,
-            work_dir: Place::Task(PathBuf::new()),
+            env: environment(request, facts, &work_dir)?,
+            work_dir,
             uid,
             gid: facts.account.gid,
             oom_score_adj: oom_score_adj(options)?,
-            bounding: capabilities::bounding(request.network_namespace.is_some()),
-            ambient: 0,
+            bounding: capabilities.bounding,
+            ambient: capabilities.ambient,
             network_namespace: network_namespace(request)?,
             stdio: stdio(&request.stdout_path, &request.stderr_path),
             task_dir: facts.task_dir.clone(),
             view: unveil::view(&rules, uid),
+            binds: volumes.binds,
+            replaced,
             rules,
             open_files: facts.open_files,
         };
@@ -121,9 +165,10 @@ impl Plan {
     }
 }
 
-fn gate(config: &PluginConfig) -> Gate<'_> {
+fn gate<'a>(config: &'a PluginConfig, volumes: &'a [Rule]) -> Gate<'a> {
     Gate {
         paths: &config.unveil_paths,
+        volumes,
         defaults: if config.unveil_defaults {
             Defaults::Unveiled
         } else {
@@ -135,6 +180,45 @@ fn gate(config: &PluginConfig) -> Gate<'_> {
             ByTask::Refused
         },
     }
+}
+
+fn capabilities(
+    config: &PluginConfig,
+    request: &TaskRequest,
+    uid: u32,
+) -> Result<Capabilities, CapabilityError> {
+    let subject = Subject {
+        is_root: uid == 0,
+        owns_network: request.network_namespace.is_some(),
+    };
+    let options = &request.options;
+    Capabilities::new(
+        subject,
+        &config.allow_caps,
+        &options.cap_add,
+        &options.cap_drop,
+    )
+}
+
+/// The task's own directory, or one below it, or, where the operator lets jobs unveil, any of the host.
+fn work_dir(
+    config: &PluginConfig,
+    options: &TaskOptions,
+    aliases: &[Alias],
+) -> Result<Place, PlanError> {
+    let path = Path::new(&options.work_dir);
+    no_nul("work_dir", &options.work_dir)?;
+    if path.is_absolute() {
+        return match unveil::own_place(path, aliases) {
+            Some(own) => Ok(Place::Task(own)),
+            None if config.unveil_by_task => Ok(Place::Host(path.to_owned())),
+            None => Err(PlanError::WorkDirOutside(options.work_dir.clone())),
+        };
+    }
+    if path.components().any(|part| part == Component::ParentDir) {
+        return Err(PlanError::WorkDirLeaves(options.work_dir.clone()));
+    }
+    Ok(Place::Task(path.to_owned()))
 }
 
 /// Fails closed: without a namespace to join, a task would have the host's network.
@@ -168,10 +252,18 @@ fn args(options: &TaskOptions) -> Result<Vec<String>, PlanError> {
     Ok(options.args.clone())
 }
 
-fn environment(request: &TaskRequest, facts: &Facts) -> Result<Vec<(String, String)>, PlanError> {
-    let tmp = facts.task_dir.path.join("tmp");
-    let env =
-        environment::environment(&request.env, &facts.account.name, &facts.account.home, &tmp);
+fn environment(
+    request: &TaskRequest,
+    facts: &Facts,
+    work_dir: &Place,
+) -> Result<Vec<(String, String)>, PlanError> {
+    let own = environment::Own {
+        user: &facts.account.name,
+        home: &facts.account.home,
+        tmp: &facts.task_dir.path.join("tmp"),
+        work_dir: &facts.task_dir.path.join(work_dir.as_path()),
+    };
+    let env = environment::environment(&request.env, &request.device_env, &own);
     env.iter()
         .flat_map(|(name, value)| [name, value])
         .try_for_each(|text| no_nul("env", text))?;
@@ -213,6 +305,7 @@ mod tests {
 
     use super::*;
     use crate::task::types::{Names, TaskId};
+    use steps::Source;
 
     fn request() -> TaskRequest {
         TaskRequest {
@@ -242,6 +335,7 @@ mod tests {
             },
             nomad_cgroup: "".into(),
             network_namespace: None,
+            hosts: None,
             dns: None,
             mounts: Vec::new(),
             devices: Vec::new(),
@@ -255,6 +349,7 @@ mod tests {
                 uid: 80_001,
                 gid: 80_001,
                 home: "/nonexistent".into(),
+                is_dynamic: true,
             },
             task_dir: TaskDir {
                 path: "/m".into(),
@@ -268,6 +363,8 @@ mod tests {
                 cores: 4,
             }),
             grain: QuotaGrain::Fine,
+            resolver: Resolver::default(),
+            share_cpus: None,
             agent_unit: Some("nomad.service".into()),
             open_files: (1024, 4096),
         }
@@ -315,12 +412,59 @@ mod tests {
     #[test]
     fn a_network_of_its_own_may_be_administered_by_its_root_and_the_hosts_may_not() {
         const NET_ADMIN: u64 = 1 << 12;
+        let mut facts = facts();
+        facts.account.uid = 0;
+        let bounding = |request: &TaskRequest| {
+            let plan = Plan::new(&PluginConfig::default(), request, &facts).unwrap();
+            plan.order.bounding & NET_ADMIN
+        };
         let mut request = request();
-        assert_eq!(plan(&request).unwrap().order.bounding & NET_ADMIN, 0);
+        assert_eq!(bounding(&request), 0);
         request.network_namespace = Some("/run/netns/x".into());
+        assert_eq!(bounding(&request), NET_ADMIN);
+    }
+
+    #[test]
+    fn a_working_directory_is_the_tasks_own_or_unveiled_with_it() {
+        let config = PluginConfig {
+            unveil_by_task: true,
+            ..PluginConfig::default()
+        };
+        let of = |work_dir: &str| {
+            let mut request = request();
+            request.options.work_dir = work_dir.into();
+            let facts = Facts {
+                aliases: vec![Alias::new(Path::new("/m"), "")],
+                ..facts()
+            };
+            let order = Plan::new(&config, &request, &facts).unwrap().order;
+            let env = order
+                .env
+                .into_iter()
+                .find(|(key, _)| key == "NOMAD_WORK_DIR");
+            let rule = order
+                .rules
+                .into_iter()
+                .find(|rule| rule.source == Source::Task);
+            let rule = rule.map(|rule| format!("{}:{}", rule.access, rule.written.display()));
+            (order.work_dir, env.unwrap().1, rule)
+        };
+        assert_eq!(of(""), (Place::Task("".into()), "/m/".into(), None));
         assert_eq!(
-            plan(&request).unwrap().order.bounding & NET_ADMIN,
-            NET_ADMIN
+            of("local/x"),
+            (Place::Task("local/x".into()), "/m/local/x".into(), None)
+        );
+        assert_eq!(
+            of("/m/local"),
+            (Place::Task("local".into()), "/m/local".into(), None)
+        );
+        assert_eq!(
+            of("/srv"),
+            (
+                Place::Host("/srv".into()),
+                "/srv".into(),
+                Some("rwxc:/srv".into())
+            )
         );
     }
 
@@ -356,6 +500,18 @@ mod tests {
             (
                 wrong(&|r| r.network_namespace = Some("".into())),
                 "network: Nomad names no namespace",
+            ),
+            (
+                wrong(&|r| r.options.work_dir = "/srv".into()),
+                "work_dir = \"/srv\": task set work_dir outside sandbox but driver config does not allow this",
+            ),
+            (
+                wrong(&|r| r.options.work_dir = "local/../..".into()),
+                "work_dir = \"local/../..\" leaves the task's directory",
+            ),
+            (
+                wrong(&|r| r.options.cap_add = vec!["sys_admin".into()]),
+                "cap_add: task requested capability \"sys_admin\" not in driver allow_caps",
             ),
             (wrong(&|r| r.resources.cpu_mhz = 0), "cpu = 0"),
             (wrong(&|r| r.resources.memory_mib = 0), "memory = 0"),

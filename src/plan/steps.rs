@@ -62,12 +62,12 @@ impl Step {
         ),
         (
             Step::View,
-            "build the mount view: everything read-only but what is unveiled for writing; own /proc, /tmp, /dev/shm; /run masked",
+            "build the mount view: everything read-only but what is unveiled for writing; own /proc, /tmp, /dev/shm; /run masked; volumes, devices and files of its own laid over it",
         ),
         (Step::Release, "wait until the scope is there"),
         (
             Step::Cgroup,
-            "show only the scope's own directory below /sys/fs/cgroup",
+            "leave the host's cgroup namespace: /sys/fs/cgroup is the scope's own directory, read-only",
         ),
         (
             Step::Fork,
@@ -161,6 +161,10 @@ pub struct Order {
     pub stdio: Stdio,
     pub task_dir: TaskDir,
     pub view: View,
+    /// Volumes and devices that are laid into the view.
+    pub binds: Vec<Bind>,
+    /// Files of the host that read otherwise in the view.
+    pub replaced: Vec<Replaced>,
     pub rules: Vec<Rule>,
     /// Soft and hard RLIMIT_NOFILE that the plugin was started with, given back to the task.
     pub open_files: (u64, u64),
@@ -257,6 +261,55 @@ pub struct View {
     pub run: RunMask,
     /// Paths that are brought back from under a mask (/run, /tmp, /dev/shm): what is unveiled there.
     pub kept: Vec<PathBuf>,
+    /// Files of the task's own /proc that nobody in it can open.
+    pub masked: Vec<PathBuf>,
+}
+
+/// Something of the host that the task has at a path of its own choice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bind {
+    pub kind: BindKind,
+    /// On the host; links are followed, as the operator meant.
+    pub source: PathBuf,
+    pub target: Place,
+    pub write: Write,
+    pub propagation: Propagation,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BindKind {
+    Volume,
+    /// A device node, which is one in the task, too.
+    Device,
+}
+
+/// Whether a mount in the view is read-only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Write {
+    Denied,
+    Allowed,
+}
+
+/// What becomes of later mounts of the host below a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Propagation {
+    Private,
+    /// They arrive in the task, and nothing arrives on the host.
+    Slave,
+}
+
+/// A file of the host, and what the task reads in its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replaced {
+    pub path: PathBuf,
+    pub text: Text,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Text {
+    Whole(String),
+    /// What the host's file says, and then this.
+    Appended(String),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

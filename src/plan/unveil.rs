@@ -1,7 +1,9 @@
 //! What a task may open: the `rwxc:/path` grammar, the default paths, and the list of rules of one task.
 //!
-//! Rules unite, as in the kernel: a path is open for whatever any rule on it or on a directory above it allows.
+//! Rules on different paths unite, as in the kernel: a path is open for whatever any rule on it or on a directory above it
+//! allows. Of several rules on the same path the first counts, as in exec2: an operator can narrow a path for all jobs.
 
+use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
 use thiserror::Error;
@@ -47,6 +49,8 @@ pub enum UnveilError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gate<'a> {
     pub paths: &'a [String],
+    /// What volumes and devices open.
+    pub volumes: &'a [Rule],
     pub defaults: Defaults,
     pub by_task: ByTask,
 }
@@ -85,7 +89,7 @@ impl Alias {
     }
 }
 
-/// The rules of one task, in the order operator, driver, task, defaults.
+/// The rules of one task, in the order operator, driver, volumes, task, defaults.
 ///
 /// A path below one of `aliases` counts as one of the task's own, as `${NOMAD_TASK_DIR}/data` for one: an earlier run may have
 /// planted links there, and they must not lead out.
@@ -104,6 +108,7 @@ pub fn rules(
         access: mode,
         source: Source::Driver,
     }));
+    rules.extend(gate.volumes.iter().cloned());
     rules.extend(list("unveil", by_task, Source::Task)?);
     if gate.defaults == Defaults::Unveiled {
         let defaults = DEFAULTS
@@ -118,12 +123,28 @@ pub fn rules(
     }
     for rule in &mut rules {
         if let Place::Host(path) = &rule.place
-            && let Some(own) = aliases.iter().find_map(|alias| alias.below(path))
+            && let Some(own) = own_place(path, aliases)
         {
             rule.place = Place::Task(own);
         }
     }
+    let mut taken = BTreeSet::new();
+    rules.retain(|rule| taken.insert(spelled_once(&rule.place)));
     Ok(rules)
+}
+
+/// The path relative to the task's directory, if it is one below any name of that.
+pub fn own_place(path: &Path, aliases: &[Alias]) -> Option<PathBuf> {
+    aliases.iter().find_map(|alias| alias.below(path))
+}
+
+/// The same place for `/a/b`, `/a//b/` and `/a/./b`. Links are left to the kernel, which unites what leads to one file.
+fn spelled_once(place: &Place) -> Place {
+    let plain = |path: &Path| path.components().collect();
+    match place {
+        Place::Task(path) => Place::Task(plain(path)),
+        Place::Host(path) => Place::Host(plain(path)),
+    }
 }
 
 /// Checks the operator's own entries before any task is there.
@@ -142,7 +163,7 @@ fn own() -> impl Iterator<Item = (Access, Place, &'static str)> {
         .chain([null])
 }
 
-/// The default paths: those of exec2, and the task's own /dev/shm. Only those that exist at launch count.
+/// The default paths: those of exec2, and the task's own /dev/shm, /proc and /sys/fs/cgroup. Only those that exist at launch count.
 pub const DEFAULTS: [(&str, &[&str]); 6] = [
     (
         "rx",
@@ -168,10 +189,9 @@ pub const DEFAULTS: [(&str, &[&str]); 6] = [
             "/dev/zero",
             "/dev/fd",
             "/dev/urandom",
-            "/proc/self/cmdline",
-            "/proc/sys/kernel/ngroups_max",
-            "/proc/sys/kernel/cap_last_cap",
-            "/proc/sys/vm/overcommit_memory",
+            // The task's own: its processes, and its scope's limits, by which runtimes size themselves.
+            "/proc",
+            "/sys/fs/cgroup",
         ],
     ),
     (
@@ -285,6 +305,21 @@ fn letters(mode: &str) -> Access {
 /// Paths by which a process reaches a manager of the host. They are shown only to who unveils them for writing.
 const MANAGERS: [&str; 3] = ["/run/dbus", "/run/systemd", "/run/user"];
 
+/// What /proc shows of the whole host's memory, keys and kernel. Hidden, unless unveiled by its very name.
+const HOSTS_PROC: [&str; 11] = [
+    "/proc/kcore",
+    "/proc/key-users",
+    "/proc/keys",
+    "/proc/kpagecgroup",
+    "/proc/kpagecount",
+    "/proc/kpageflags",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/slabinfo",
+    "/proc/timer_list",
+    "/proc/vmallocinfo",
+];
+
 /// The mount view that goes with the rules.
 pub fn view(rules: &[Rule], uid: u32) -> View {
     let asked: Vec<(&Path, Access)> = rules
@@ -330,6 +365,11 @@ pub fn view(rules: &[Rule], uid: u32) -> View {
             RunMask::Managers
         },
         kept: paths(&|path, access| hidden(path) && (writable(access) || !manager(path))),
+        masked: HOSTS_PROC
+            .map(PathBuf::from)
+            .into_iter()
+            .filter(|masked| asked.iter().all(|(path, _)| path != masked))
+            .collect(),
     }
 }
 
@@ -339,6 +379,7 @@ mod tests {
 
     const OPEN: Gate<'_> = Gate {
         paths: &[],
+        volumes: &[],
         defaults: Defaults::Veiled,
         by_task: ByTask::Allowed,
     };
@@ -476,7 +517,6 @@ mod tests {
             "/etc/shadow",
             "/tmp",
             "/",
-            "/proc",
             "/sys",
             "/run",
             "/root",
@@ -495,6 +535,62 @@ mod tests {
             [PathBuf::from("/srv/data"), PathBuf::from("/var/log/x.log")]
         );
         assert_eq!((view.tree, view.run), (Tree::ReadOnly, RunMask::Managers));
+    }
+
+    #[test]
+    fn of_several_rules_on_one_path_the_first_counts() {
+        let operators = ["r:/data".to_owned(), "r:/usr/bin".to_owned()];
+        let gate = Gate {
+            paths: &operators,
+            volumes: &[],
+            defaults: Defaults::Unveiled,
+            by_task: ByTask::Allowed,
+        };
+        let asked = [
+            "rw:/data//",
+            "rwx:/data/./",
+            "w:/data/sub",
+            "r:/srv",
+            "x:/srv",
+            "r:/m/local",
+        ];
+        let rules = rules(gate, &asked.map(str::to_owned), &aliases()).unwrap();
+        let of = |place: Place| {
+            let mut on = rules
+                .iter()
+                .filter(|rule| spelled_once(&rule.place) == place);
+            let first = on.next().map(|rule| (rule.access.to_string(), rule.source));
+            assert!(on.next().is_none(), "{place:?}");
+            first.unwrap()
+        };
+        assert_eq!(
+            of(Place::Host("/data".into())),
+            ("r".into(), Source::Plugin)
+        );
+        assert_eq!(
+            of(Place::Host("/data/sub".into())),
+            ("w".into(), Source::Task)
+        );
+        assert_eq!(
+            of(Place::Host("/usr/bin".into())),
+            ("r".into(), Source::Plugin)
+        );
+        assert_eq!(of(Place::Host("/srv".into())), ("r".into(), Source::Task));
+        assert_eq!(
+            of(Place::Task("local".into())),
+            ("rwxc".into(), Source::Driver)
+        );
+    }
+
+    #[test]
+    fn what_proc_tells_of_the_host_is_masked_unless_named() {
+        let masked = |entry: &str| {
+            let view = view(&rules(OPEN, &[entry.to_owned()], &aliases()).unwrap(), 0);
+            view.masked.contains(&PathBuf::from("/proc/kcore"))
+        };
+        assert!(masked("r:/proc"));
+        assert!(masked("r:/"));
+        assert!(!masked("r:/proc/kcore"));
     }
 
     #[test]

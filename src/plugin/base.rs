@@ -8,6 +8,7 @@ use tracing::debug;
 use super::{convert, errors, hclspec};
 use crate::config::plugin::PluginConfig;
 use crate::config::schema;
+use crate::plan::capabilities;
 use crate::plan::unveil;
 use crate::proto::hashicorp::nomad::plugins::base::proto::base_plugin_server::BasePlugin;
 use crate::proto::hashicorp::nomad::plugins::base::proto::{
@@ -57,6 +58,7 @@ impl<T: Tasks> BasePlugin for Base<T> {
         let config = PluginConfig::decode(&request.msgpack_config).map_err(failed)?;
         // A mistake of the operator's stops the agent's start, instead of every task later.
         unveil::check(&config.unveil_paths).map_err(failed)?;
+        capabilities::check(&config.allow_caps).map_err(failed)?;
         // At its start the agent launches us three times while tasks of ours may run; only the instance that is told of
         // the driver's part is the real one, the others must touch nothing.
         if let Some(driver) = request.nomad_config.and_then(|nomad| nomad.driver) {

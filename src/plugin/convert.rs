@@ -12,7 +12,7 @@ use crate::proto::hashicorp::nomad::plugins::drivers::proto as wire;
 use crate::proto::hashicorp::nomad::plugins::drivers::proto::network_isolation_spec::NetworkIsolationMode;
 use crate::proto::hashicorp::nomad::plugins::shared::structs;
 use crate::task::types::{
-    Attribute, Compute, CpuUsage, Device, Dns, ExitResult, Fingerprint, Health, MemoryMax,
+    Attribute, Compute, CpuUsage, Device, Dns, ExitResult, Fingerprint, Health, Hosts, MemoryMax,
     MemoryUsage, Mount, MountMode, Names, Resources, TaskEvent, TaskId, TaskRequest, TaskState,
     TaskStatus, Topology, Usage,
 };
@@ -75,6 +75,14 @@ pub fn request(task: wire::TaskConfig, options: TaskOptions) -> TaskRequest {
             resources.allocated_resources.unwrap_or_default(),
             linux.cpuset_cpus,
         ),
+        hosts: task
+            .network_isolation_spec
+            .as_ref()
+            .and_then(|spec| spec.hosts_config.as_ref())
+            .map(|hosts| Hosts {
+                hostname: hosts.hostname.clone(),
+                address: hosts.address.clone(),
+            }),
         network_namespace: task
             .network_isolation_spec
             .filter(|spec| spec.mode() != NetworkIsolationMode::Host)

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_stream::StreamExt;
 use zbus::{DBusError as _, OwnedObjectPath};
 
+use crate::plan::limits::Cpus;
 use crate::plan::unit::UnitName;
 use proxy::ManagerProxy;
 pub use scope::Scope;
@@ -179,6 +180,23 @@ impl Systemd {
                 unit: unit.clone(),
                 result,
             }),
+        }
+    }
+
+    /// Changes the CPUs of a scope that runs; one that is not there needs none. What systemd writes for it goes with the scope.
+    pub async fn allow_cpus(&self, unit: &UnitName, cpus: &Cpus) -> Result<(), SystemdError> {
+        let _turn = self.calls.acquire().await;
+        let bus = self.bus().await?;
+        let properties = [scope::allowed_cpus(cpus)];
+        let set = bus
+            .manager
+            .set_unit_properties(unit.as_str(), true, &properties);
+        match self
+            .call(&bus, "SetUnitProperties", unit.as_str(), set)
+            .await
+        {
+            Err(SystemdError::Refused { reason, .. }) if reason.contains("not found") => Ok(()),
+            answer => answer,
         }
     }
 

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use zbus::Variant;
 use zbus::wire::Fd;
 
-use crate::plan::limits::{Limits, QUOTA_PERIOD_USEC};
+use crate::plan::limits::{Cpus, Limits, QUOTA_PERIOD_USEC};
 use crate::plan::unit::UnitName;
 use crate::text::UnitText;
 
@@ -69,7 +69,7 @@ impl Scope<'_> {
             properties.push(("Before", Variant::from(vec![before])));
         }
         if let Some(cpus) = &limits.allowed_cpus {
-            properties.push(("AllowedCPUs", Variant::from(bitmask(cpus))));
+            properties.push(allowed_cpus(cpus));
         }
         properties.retain(|(name, _)| !unknown.contains(name));
         properties
@@ -85,8 +85,12 @@ pub(super) fn optional_in(reason: &str, unknown: &BTreeSet<&'static str>) -> Opt
         .find(|name| says(name) && !unknown.contains(name))
 }
 
+pub(super) fn allowed_cpus(cpus: &Cpus) -> (&'static str, Variant<'static>) {
+    ("AllowedCPUs", Variant::from(bitmask(cpus)))
+}
+
 /// AllowedCPUs as systemd takes it: CPU 0 is bit 0 of byte 0.
-fn bitmask(cpus: &BTreeSet<u16>) -> Vec<u8> {
+fn bitmask(cpus: &Cpus) -> Vec<u8> {
     let bytes = cpus.last().map_or(0, |last| usize::from(last / 8) + 1);
     cpus.iter().fold(vec![0; bytes], |mut mask, cpu| {
         mask[usize::from(cpu / 8)] |= 1 << (cpu % 8);

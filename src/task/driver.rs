@@ -15,6 +15,7 @@ use super::types::{
 };
 use super::{Flow, Tasks};
 use crate::config::plugin::PluginConfig;
+use crate::plan::limits::Cpus;
 
 impl Tasks for TaskTable {
     async fn configure(
@@ -22,8 +23,11 @@ impl Tasks for TaskTable {
         config: PluginConfig,
         topology: Option<Topology>,
     ) -> Result<(), DriverError> {
-        self.set_up(config, topology.map(|topology| topology.compute))
-            .await;
+        let (compute, usable) = match topology {
+            Some(topology) => (Some(topology.compute), topology.usable_cpus),
+            None => (None, Cpus::new()),
+        };
+        self.set_up(config, compute, usable).await;
         Ok(())
     }
 

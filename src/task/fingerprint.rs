@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::table::{Settings, TaskTable, lock};
 use super::types::{Attribute, Fingerprint, Health};
 use crate::host::{self, Fitness, Host};
+use crate::plan::capabilities;
 
 /// How often the host is looked at again. A lost bus is noticed at once; this is for what sends no word.
 const INTERVAL: Duration = Duration::from_secs(15);
@@ -69,6 +70,10 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
             Attribute::Bool(settings.config.unveil_by_task),
         ),
         (
+            "driver.exec2.caps.allowlist",
+            Attribute::Text(capabilities::listed(&settings.config.allow_caps)),
+        ),
+        (
             "driver.exec2.version",
             Attribute::Text(env!("CARGO_PKG_VERSION").into()),
         ),
@@ -78,10 +83,7 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
             "driver.exec2.systemd.version",
             Attribute::Text(systemd.clone().unwrap_or_default()),
         ),
-        (
-            "driver.exec2.degraded",
-            Attribute::Text(degraded(host.landlock_abi)),
-        ),
+        ("driver.exec2.degraded", Attribute::Text(degraded(host))),
     ]);
     let attributes = attributes
         .into_iter()
@@ -94,11 +96,19 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
     }
 }
 
-/// What this kernel's Landlock cannot enforce.
-fn degraded(abi: Option<u32>) -> String {
-    match abi {
-        Some(1) => "no rename between directories; truncate is not restricted".into(),
-        Some(2) => "truncate is not restricted".into(),
-        _ => String::new(),
-    }
+/// What this kernel cannot enforce.
+fn degraded(host: &Host) -> String {
+    let landlock = match host.landlock_abi {
+        Some(1) => "no rename between directories; truncate is not restricted",
+        Some(2) => "truncate is not restricted",
+        _ => "",
+    };
+    let cpuset = match host.has_cpuset {
+        true => "",
+        false => "no cpuset controller, so reserved cores are not exclusive",
+    };
+    let all = [landlock, cpuset]
+        .into_iter()
+        .filter(|what| !what.is_empty());
+    all.collect::<Vec<_>>().join("; ")
 }

@@ -2,6 +2,7 @@
 //! same process of the same boot is touched.
 
 use std::os::fd::OwnedFd;
+use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -11,7 +12,7 @@ use tracing::info;
 use super::state::{DriverState, Process, boot_id};
 use super::table::{Task, TaskTable};
 use super::types::{DriverError, Saved, TaskRequest};
-use super::wait;
+use super::{cpus, wait};
 use crate::cgroup::Cgroup;
 use crate::plan::unit::UnitName;
 use crate::record::Record;
@@ -32,6 +33,7 @@ impl TaskTable {
                 info!(task_id = %UnitText::new(task.id.as_str()), unit = %task.unit, "task recovered");
                 if task.ended().is_none() {
                     self.watch(task);
+                    self.follow_cpus();
                 }
                 Ok(())
             }
@@ -56,10 +58,12 @@ fn revive(request: &TaskRequest, state: &DriverState) -> Result<Task, DriverErro
         return Err(gone("the host was rebooted, and the task ended with it"));
     }
     let supervisor_pidfd = open(state.supervisor);
+    let cgroup = Cgroup::at(&state.cgroup);
     let task = Task {
         id: request.id.clone(),
         names: request.names.clone(),
-        cgroup: Cgroup::at(&state.cgroup),
+        cpus: Mutex::new(cpus::asked(&cgroup)),
+        cgroup,
         started_at: UNIX_EPOCH + Duration::from_nanos(state.started_unix_nanos),
         main: state.main,
         main_pidfd: open(state.main),

@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::Interest;
@@ -13,6 +13,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use super::cpus;
 use super::dir::{self, Found};
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::table::{Task, TaskTable, create_record, lock, record_path, remove_record, send};
@@ -21,6 +22,7 @@ use crate::cgroup::Cgroup;
 use crate::host;
 use crate::launch::report::{self, Failure, Message};
 use crate::launch::{self, Parked};
+use crate::plan::files::Resolver;
 use crate::plan::steps::Stdio;
 use crate::plan::{Facts, Plan, signal};
 use crate::sys;
@@ -61,6 +63,7 @@ impl TaskTable {
                 let task = self.insert(task);
                 self.tell_start(&task);
                 self.watch(task);
+                self.follow_cpus();
                 Ok(Saved {
                     version: state::VERSION,
                     driver_state: state.encode(),
@@ -111,12 +114,19 @@ impl TaskTable {
                 ))
             })?
             .map_err(|error| DriverError::Permanent(error.to_string()))??;
+        let resolver = if request.network_namespace.is_some() || request.dns.is_some() {
+            host::resolver()
+        } else {
+            Resolver::default()
+        };
         let facts = Facts {
+            resolver,
             account,
             task_dir: found.task_dir,
             aliases: found.aliases,
             compute: settings.compute,
             grain: *lock(&self.shared.grain),
+            share_cpus: self.share_cpus(),
             agent_unit: host::agent_unit(),
             open_files: self.shared.open_files,
         };
@@ -265,8 +275,11 @@ impl TaskTable {
 
 /// Limits are read back, because an operator's drop-in may win over the call, and a controller may be missing.
 fn differences(plan: &Plan, cgroup: &Cgroup) -> Vec<String> {
-    plan.limits
-        .differences(cgroup.memory_max_bytes(), cgroup.cpu_quota_usec_per_sec())
+    plan.limits.differences(
+        cgroup.memory_max_bytes(),
+        cgroup.cpu_quota_usec_per_sec(),
+        cpus::effective(cgroup).as_ref(),
+    )
 }
 
 fn assemble(
@@ -310,6 +323,7 @@ fn assemble(
         main_pidfd: Some(main),
         supervisor_pidfd: None,
         is_killed: AtomicBool::new(false),
+        cpus: Mutex::new(plan.limits.allowed_cpus.clone()),
         exit: watch::Sender::new(None),
     };
     Ok((task, state))

@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
 
 use super::fingerprint;
 use super::state::Process;
 use super::types::{DriverError, ExitResult, Fingerprint, Names, TaskEvent, TaskId};
 use crate::cgroup::Cgroup;
 use crate::config::plugin::PluginConfig;
-use crate::plan::limits::{Compute, QuotaGrain};
+use crate::plan::limits::{Compute, Cpus, QuotaGrain};
 use crate::plan::unit::UnitName;
 use crate::record;
 use crate::systemd::Systemd;
@@ -45,6 +45,9 @@ pub(super) struct Shared {
     /// As of the systemd that the fingerprint was last taken of.
     pub(super) grain: Mutex<QuotaGrain>,
     pub(super) is_watching_host: AtomicBool,
+    /// Something may have changed that the CPUs of tasks without `cores` follow.
+    pub(super) cpus_changed: Notify,
+    pub(super) is_following_cpus: AtomicBool,
 }
 
 /// What SetConfig brought.
@@ -52,6 +55,8 @@ pub(super) struct Shared {
 pub(super) struct Settings {
     pub(super) config: PluginConfig,
     pub(super) compute: Option<Compute>,
+    /// CPUs that the agent gives to tasks; empty if it told none.
+    pub(super) usable: Cpus,
 }
 
 #[derive(Debug)]
@@ -73,6 +78,8 @@ pub(super) struct Task {
     /// Signals go through descriptors, never to a number that a stranger may have got. `None` after its end.
     pub(super) main_pidfd: Option<OwnedFd>,
     pub(super) supervisor_pidfd: Option<OwnedFd>,
+    /// The CPUs that systemd was last asked to give it; `None` if it never was.
+    pub(super) cpus: Mutex<Option<Cpus>>,
     /// We sent it SIGKILL, so that its end by one is not the OOM killer's.
     pub(super) is_killed: AtomicBool,
     pub(super) exit: watch::Sender<Option<Ended>>,
@@ -99,15 +106,21 @@ impl TaskTable {
             fingerprint: watch::Sender::new(fingerprint::unconfigured()),
             grain: Mutex::new(QuotaGrain::WholePercent),
             is_watching_host: AtomicBool::new(false),
+            cpus_changed: Notify::new(),
+            is_following_cpus: AtomicBool::new(false),
         };
         Ok(Self {
             shared: Arc::new(shared),
         })
     }
 
-    /// Takes the operator's configuration and the node's CPU power, for the starts that follow.
-    pub async fn set_up(&self, config: PluginConfig, compute: Option<Compute>) {
-        *lock(&self.shared.settings) = Settings { config, compute };
+    /// Takes the operator's configuration, the node's CPU power and the CPUs that tasks may use, for the starts that follow.
+    pub async fn set_up(&self, config: PluginConfig, compute: Option<Compute>, usable: Cpus) {
+        *lock(&self.shared.settings) = Settings {
+            config,
+            compute,
+            usable,
+        };
         self.refresh_fingerprint().await;
         if !self.shared.is_watching_host.swap(true, Ordering::Relaxed) {
             tokio::spawn(self.clone().watch_host());
@@ -123,6 +136,17 @@ impl TaskTable {
             Some(Entry::Running(task)) => Some(task.clone()),
             _ => None,
         }
+    }
+
+    pub(super) fn running(&self) -> Vec<Arc<Task>> {
+        let running = |entry: &Entry| match entry {
+            Entry::Running(task) if task.ended().is_none() => Some(task.clone()),
+            _ => None,
+        };
+        lock(&self.shared.table)
+            .values()
+            .filter_map(running)
+            .collect()
     }
 
     /// Whether a task has this id, or a start of one.

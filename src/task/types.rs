@@ -54,6 +54,8 @@ pub struct TaskRequest {
     pub nomad_cgroup: PathBuf,
     /// The allocation's network namespace; `None` is the host's.
     pub network_namespace: Option<PathBuf>,
+    /// The task's name in its own network, where a network plugin gives one.
+    pub hosts: Option<Hosts>,
     pub dns: Option<Dns>,
     pub mounts: Vec<Mount>,
     pub devices: Vec<Device>,
@@ -77,6 +79,13 @@ pub struct Dns {
     pub servers: Vec<String>,
     pub searches: Vec<String>,
     pub options: Vec<String>,
+}
+
+/// A name and its address, for /etc/hosts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hosts {
+    pub hostname: String,
+    pub address: String,
 }
 
 /// A volume of the host or of a CSI plugin.

@@ -9,12 +9,17 @@ use harness::nomad::Level;
 use harness::nomad::real::{RealAgent, RealConfig};
 
 use crate::case;
-use crate::nomad::{Job, Scope, said, until};
+use crate::nomad::{Job, Scope, said, status, until};
 
 pub const CASES: &[Case] = &[
     case!(Limits, Agent, a_real_agent_runs_jobs_in_scopes),
     case!(Limits, Agent, a_real_agent_shows_why_a_task_did_not_start),
     case!(Limits, Agent, a_real_agents_node_shows_what_the_host_lacks),
+    case!(
+        Limits,
+        Agent,
+        a_real_agents_reserved_core_is_its_tasks_alone
+    ),
 ];
 
 const ENV: &str = include_str!("../nomad/env.nomad.hcl");
@@ -22,9 +27,13 @@ const EXIT7: &str = include_str!("../nomad/exit7.nomad.hcl");
 const SERVICE: &str = include_str!("../nomad/service.nomad.hcl");
 
 async fn agent(context: &Context) -> Result<RealAgent> {
+    agent_with(context, 2_000).await
+}
+
+async fn agent_with(context: &Context, total_compute_mhz: u64) -> Result<RealAgent> {
     RealAgent::start(RealConfig {
         plugin_config: "unveil_by_task = true".into(),
-        total_compute_mhz: Some(2000),
+        total_compute_mhz: Some(total_compute_mhz),
         ..RealConfig::new(context.agent(), context.driver())
     })
     .await
@@ -268,6 +277,63 @@ fn a_real_agents_node_shows_what_the_host_lacks(context: &Context) -> Result<()>
                 .is_some_and(|abi| abi != "0"),
             "{attributes}"
         );
+        agent.finish().await
+    })
+}
+
+fn a_real_agents_reserved_core_is_its_tasks_alone(context: &Context) -> Result<()> {
+    context.block_on(async {
+        // A reserved core counts with its own MHz, whatever the operator makes of the node's: here fewer than the average has.
+        let mut agent = agent_with(context, 20_000).await?;
+        let job = |name: &str, resources: &str| {
+            let job = Job::command("sleep", &["600"]).resources(resources).text();
+            job.replace("job \"case\"", &format!("job {name:?}"))
+        };
+        let run = async |agent: &RealAgent, name: &str, resources: &str| {
+            let ids = agent.run(&job(name, resources)).await?;
+            let id = ids.first().context("no allocation")?.clone();
+            agent.wait_for(&id, &["running"]).await?;
+            anyhow::Ok(id)
+        };
+        let cpus = |scope: &Scope| status(scope.main()?, "Cpus_allowed_list");
+        let comes_to = async |scope: &Scope, wanted: &str| {
+            until(&format!("{} has CPUs {wanted}", scope.unit), || {
+                (cpus(scope).ok()? == wanted).then_some(())
+            })
+            .await
+        };
+
+        let before = run(&agent, "before", "cpu = 100\n memory = 32").await?;
+        let before = scope_of(&before, "t")?;
+        comes_to(&before, "0-1").await?;
+        let owner = run(&agent, "owner", "cores = 1\n memory = 32").await?;
+        let mut owner = scope_of(&owner, "t")?;
+        owner.dir = Path::new("/sys/fs/cgroup/exec2.slice/exec2-reserve.slice").join(&owner.unit);
+        let own = cpus(&owner)?;
+        ensure!(["0", "1"].contains(&own.as_str()), "{own}");
+        ensure!(
+            owner.file("cpu.max")? == "100000 100000",
+            "{}",
+            owner.file("cpu.max")?
+        );
+        let other = if own == "0" { "1" } else { "0" };
+        comes_to(&before, other).await?;
+        let after = run(&agent, "after", "cpu = 100\n memory = 32").await?;
+        let after = scope_of(&after, "t")?;
+        ensure!(cpus(&after)? == other, "{}", cpus(&after)?);
+
+        agent.restart().await?;
+        ensure!(cpus(&before)? == other && cpus(&owner)? == own);
+        agent.stop("owner").await?;
+        comes_to(&before, "0-1").await?;
+        comes_to(&after, "0-1").await?;
+        for name in ["before", "after"] {
+            agent.stop(name).await?;
+        }
+        for scope in [&before, &owner, &after] {
+            until("the scope is gone", || scope.expect_gone().ok()).await?;
+        }
+        agent.collect().await?;
         agent.finish().await
     })
 }

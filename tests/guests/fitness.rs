@@ -75,12 +75,21 @@ fn the_node_tells_what_this_host_offers(context: &Context) -> Result<()> {
         );
         let abi = said("perl", &["-e", "print syscall 444, 0, 0, 1"])?.parse()?;
         ensure!(told["landlock.abi"] == Value::IntVal(abi), "{told:?}");
-        let degraded = match abi {
-            2 => "truncate is not restricted",
-            _ => "",
-        };
+        let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
+        let has_cpuset = controllers.split_whitespace().any(|one| one == "cpuset");
+        let degraded = [
+            (abi == 2, "truncate is not restricted"),
+            (
+                !has_cpuset,
+                "no cpuset controller, so reserved cores are not exclusive",
+            ),
+        ];
+        let degraded: Vec<_> = degraded
+            .into_iter()
+            .filter_map(|(is_so, what)| is_so.then_some(what))
+            .collect();
         ensure!(
-            told["degraded"] == Value::StringVal(degraded.into()),
+            told["degraded"] == Value::StringVal(degraded.join("; ")),
             "{told:?}"
         );
         agent.finish().await

@@ -91,7 +91,9 @@ fn what_is_not_unveiled_is_closed_to_everyone(context: &Context) -> Result<()> {
                 );
             }
         }
-        let job = Job::shell("cat /etc/passwd").unveil(&["r:/etc/passwd"]);
+        let job = Job::shell("cat /etc/passwd")
+            .unveil(&["r:/etc/passwd"])
+            .user("nobody");
         ensure!(
             printed(&agent, &job).await? == fs::read_to_string("/etc/passwd")?,
             "what is unveiled is not the file"

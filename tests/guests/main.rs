@@ -4,6 +4,7 @@
 
 mod agent;
 mod bad_input;
+mod cores;
 mod dbus;
 mod fitness;
 mod ground;
@@ -13,7 +14,9 @@ mod life;
 mod nomad;
 mod recovery;
 mod run;
+mod run_job;
 mod scopes;
+mod surroundings;
 mod view;
 
 use std::path::Path;
@@ -26,13 +29,16 @@ fn main() -> ExitCode {
         ground::CASES,
         leaks::CASES,
         scopes::CASES,
+        surroundings::CASES,
         jobs::CASES,
         life::CASES,
+        cores::CASES,
         bad_input::CASES,
         agent::CASES,
         view::CASES,
         recovery::CASES,
         run::CASES,
+        run_job::CASES,
         dbus::CASES,
         // Last: it takes the guest's bus away for a while.
         fitness::CASES,

@@ -262,10 +262,15 @@ fn a_task_reads_its_own_command_line() {
 fn a_rule_in_proc_holds_when_the_kernel_has_forgotten_the_entry() {
     let stage = Stage::new();
     let mut gate = stage.gate();
-    let order = stage.script(
-        "readable() { (: </proc/sys/kernel/ngroups_max) && (: </proc/loadavg) && echo \"$1\"; }
-        readable before; read _ <local/gate; readable after",
+    let mut order = stage.script(
+        "readable() { true </proc/self/cmdline && true </proc/loadavg && echo \"$1\"; }
+        readable before; read _ <local/gate; readable after; true </proc/uptime",
     );
+    // Whose root is never forgotten.
+    order
+        .rules
+        .retain(|rule| rule.written != Path::new("/proc"));
+    let order = order.unveiling("r", "/proc/self/cmdline");
     let task = stage.start(&order.unveiling("r", "/proc/loadavg")).unwrap();
     task.says("before\n");
     if fs::write("/proc/sys/vm/drop_caches", "2").is_err() {
@@ -274,7 +279,23 @@ fn a_rule_in_proc_holds_when_the_kernel_has_forgotten_the_entry() {
     }
     gate.write_all(b"go\n").unwrap();
     let outcome = task.end();
-    assert_eq!((&*outcome.stdout, &*outcome.stderr), ("after\n", ""));
+    assert_eq!(outcome.stdout, "after\n");
+    assert!(
+        outcome.stderr.contains("/proc/uptime: Permission denied"),
+        "{}",
+        outcome.stderr
+    );
+}
+
+#[test]
+fn a_task_and_its_children_read_their_own_proc_by_default() {
+    for user in USERS {
+        let stage = Stage::new();
+        let script =
+            "cat /proc/self/comm; sh -c 'cat /proc/$$/comm'; cat /proc/meminfo | grep -c MemTotal";
+        let outcome = stage.run(&user(&stage.script(script)));
+        assert_eq!((&*outcome.stdout, &*outcome.stderr), ("cat\nsh\n1\n", ""));
+    }
 }
 
 /// A directory of the host that the dynamic user owns, with one thing for each attempt.

@@ -14,7 +14,7 @@ use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nomad_driver_exec2::launch::report::{Failure, Message, receive, release};
 use nomad_driver_exec2::launch::{Parked, spawn};
-use nomad_driver_exec2::plan::capabilities;
+use nomad_driver_exec2::plan::capabilities::{Capabilities, Subject};
 use nomad_driver_exec2::plan::steps::{Order, Place, Rule, Source, Stdio, TaskDir};
 use nomad_driver_exec2::plan::unveil::{self, Alias, ByTask, Defaults, Gate};
 use nomad_driver_exec2::record::{self, Exit, Record};
@@ -138,6 +138,8 @@ impl Stage {
                 inode: found.ino(),
             },
             view: unveil::view(&rules, DYNAMIC),
+            binds: Vec::new(),
+            replaced: Vec::new(),
             rules,
             open_files: (number(limit.current), number(limit.maximum)),
         }
@@ -214,6 +216,11 @@ impl Drop for Stage {
     }
 }
 
+const ROOT: Subject = Subject {
+    is_root: true,
+    owns_network: false,
+};
+
 /// An order as it is, for the dynamic user, and for root.
 pub const USERS: [fn(&Order) -> Order; 2] = [Order::clone, Changed::as_root];
 
@@ -253,7 +260,7 @@ impl Changed for Order {
         Order {
             uid: 0,
             gid: 0,
-            bounding: capabilities::bounding(false),
+            bounding: Capabilities::new(ROOT, &[], &[], &[]).unwrap().bounding,
             view: unveil::view(&self.rules, 0),
             ..self.clone()
         }
@@ -431,6 +438,7 @@ pub fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 fn gate(defaults: Defaults) -> Gate<'static> {
     Gate {
         paths: &[],
+        volumes: &[],
         defaults,
         by_task: ByTask::Allowed,
     }

@@ -273,6 +273,36 @@ fn proc_shows_the_tasks_processes_only() {
     assert_eq!(stage.run(&order).stdout, "/proc/1 /proc/2\n");
 }
 
+/// Not even by root, unless it is unveiled by its very name.
+#[test]
+fn what_proc_tells_of_the_host_is_closed() {
+    for user in USERS {
+        let stage = Stage::new();
+        let script = "for name in kcore keys key-users kpagecount kpageflags slabinfo timer_list vmallocinfo; do
+            if [ -e /proc/$name ]; then head -c 1 /proc/$name && echo open $name; fi; done";
+        let outcome = stage.run(&user(&stage.script(script)).unveiling("r", "/proc"));
+        assert_eq!(outcome.stdout, "");
+        let keys = stage.script("cat /proc/keys >/dev/null && echo open");
+        let outcome = stage.run(&user(&keys).unveiling("r", "/proc/keys"));
+        assert_eq!(outcome.stdout, "open\n", "{}", outcome.stderr);
+    }
+}
+
+#[test]
+fn the_tasks_cgroup_is_the_root_of_all_it_sees() {
+    for user in USERS {
+        let stage = Stage::new();
+        let script = "grep ^0:: /proc/self/cgroup; ls -d /sys/fs/cgroup/cgroup.procs
+            grep ' /sys/fs/cgroup ' /proc/self/mountinfo | cut -d' ' -f4-5 | tail -1
+            echo 1 >/sys/fs/cgroup/cgroup.kill";
+        let order = user(&stage.script(script)).unveiling("rw", "/sys/fs/cgroup");
+        let outcome = stage.run(&order);
+        let seen = "0::/\n/sys/fs/cgroup/cgroup.procs\n/ /sys/fs/cgroup\n";
+        assert_eq!(outcome.stdout, seen, "{}", outcome.stderr);
+        assert!(outcome.stderr.contains(READ_ONLY) || outcome.stderr.contains("denied"));
+    }
+}
+
 #[test]
 fn proc_is_read_only() {
     let stage = Stage::new();

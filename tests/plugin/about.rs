@@ -75,6 +75,9 @@ async fn both_schemas_are_those_of_exec2() {
             defaulted("unveil_by_task", "bool", "false"),
         ),
         ("unveil_paths", attr("unveil_paths", "list(string)", false)),
+        ("allow_caps", attr("allow_caps", "list(string)", false)),
+        // The one key of our own.
+        ("pids_max", defaulted("pids_max", "number", "16384")),
     ]);
     assert_eq!(plugin.spec, Some(expected));
     let task: wire::TaskConfigSchemaResponse = served
@@ -86,6 +89,9 @@ async fn both_schemas_are_those_of_exec2() {
         ("args", attr("args", "list(string)", false)),
         ("unveil", attr("unveil", "list(string)", false)),
         ("oom_score_adj", attr("oom_score_adj", "number", false)),
+        ("work_dir", attr("work_dir", "string", false)),
+        ("cap_add", attr("cap_add", "list(string)", false)),
+        ("cap_drop", attr("cap_drop", "list(string)", false)),
     ]);
     assert_eq!(task.spec, Some(expected));
 }

@@ -7,55 +7,25 @@ use ::hcl::Value;
 use ::hcl::edit::parser;
 use ::hcl::edit::structure::Block;
 
-use self::reader::{Content, Entry, Reader, block_of, label, missing, named};
-use super::{Group, Job, Kind, Logs, Resources, Target, Task, Template, Unsupported};
+use self::cluster::{GROUP, JOB, TASK};
+use self::reader::{Content, Entry, Reader, label, missing, named};
+use super::{Effect, Group, Job, JobError, Kind, Logs, Resources, Setting, Task};
 
+mod blocks;
+mod cluster;
 mod reader;
+mod variables;
 
 pub(super) use self::reader::as_string;
 
-/// Blocks and attributes of Nomad that are a cluster's business.
-const CLUSTER_JOB: &str = "affinity all_at_once constraint consul_token migrate multiregion node_pool parameterized periodic \
-    priority reschedule spread ui update vault vault_token";
-const CLUSTER_GROUP: &str = "affinity constraint consul disconnect ephemeral_disk max_client_disconnect migrate network \
-    prevent_reschedule_on_lost reschedule restart scaling service shutdown_delay spread \
-    stop_after_client_disconnect update vault volume";
-const CLUSTER_TASK: &str = "action affinity artifact constraint consul csi_plugin device dispatch_payload identity kind leader \
-    lifecycle restart scaling schedule secret service shutdown_delay vault volume_mount";
-const CLUSTER_RESOURCES: &str = "device disk iops network numa secrets";
-
-/// Why a job file was not understood.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum JobError {
-    #[error("line {line}: {message}")]
-    Syntax { line: usize, message: String },
-    #[error("line {line}: `{key}` is nothing that {place} can have")]
-    Unknown {
-        line: usize,
-        key: String,
-        place: String,
-    },
-    #[error("line {line}: `{key}`: {message}")]
-    Value {
-        line: usize,
-        key: String,
-        message: String,
-    },
-    #[error("line {line}: {place} has no `{key}`")]
-    Missing {
-        line: usize,
-        place: String,
-        key: String,
-    },
-    #[error("{0}")]
-    NotAJob(&'static str),
-}
+/// Of a job file: far more than people write, far less than would hurt.
+pub const MAX_FILE_BYTES: u64 = 2 << 20;
 
 /// Reads a job file; `variables` override the defaults of its `variable` blocks, as `nomad job run -var` does.
 pub fn parse(text: &str, variables: &[(String, String)]) -> Result<Job, JobError> {
-    let body = parser::parse_body(text).map_err(|error| JobError::Syntax {
-        line: error.location().line(),
-        message: error.message().to_owned(),
+    let body = parser::parse_body(text).map_err(|error| {
+        let line = error.location().line();
+        JobError::new(line, error.message().replace('\n', "; "))
     })?;
     let mut reader = Reader::new(text);
     reader.names(&body, variables)?;
@@ -65,21 +35,17 @@ pub fn parse(text: &str, variables: &[(String, String)]) -> Result<Job, JobError
             ("job", Content::Block(block)) if job.is_none() => {
                 job = Some(reader.job(block, entry.line)?)
             }
-            ("job", _) => {
-                return Err(JobError::NotAJob(
-                    "a job file holds exactly one `job` block",
-                ));
-            }
+            ("job", _) => return Err(entry.wrong("a job file holds exactly one")),
             ("variable" | "variables" | "locals", _) => {}
             _ => return Err(entry.unknown("a job file")),
         }
     }
-    let mut job: Job = job.ok_or(JobError::NotAJob("the file has no `job` block"))?;
+    let mut job: Job = job.ok_or_else(|| JobError::new(1, "the file has no `job` block"))?;
     job.unsupported = reader.unsupported;
     Ok(job)
 }
 
-impl Reader<'_> {
+impl Reader {
     fn job(&mut self, block: &Block, line: usize) -> Result<Job, JobError> {
         let id = label(block).ok_or_else(|| missing(line, "a job", "name"))?;
         let mut job = Job {
@@ -91,6 +57,7 @@ impl Reader<'_> {
             kind: Kind::Service,
             meta: Vec::new(),
             groups: Vec::new(),
+            parameterized: None,
             unsupported: Vec::new(),
         };
         let place = format!("job {}", job.id);
@@ -109,15 +76,20 @@ impl Reader<'_> {
                 }
                 // Short form: a task outside any group stands in a group of its own name.
                 "task" => {
+                    self.group = named(&entry)?.1.into();
                     let task = self.task(&entry)?;
+                    self.group = None;
                     job.groups.push(Group {
                         name: task.name.clone(),
-                        count: 1,
                         meta: Vec::new(),
+                        volumes: Vec::new(),
+                        ports: Vec::new(),
                         tasks: vec![task],
                     });
                 }
-                _ => self.cluster(&entry, CLUSTER_JOB, &place)?,
+                "parameterized" => job.parameterized = Some(self.parameterized(&entry)?),
+                "reschedule" => self.attempts(&entry, &place)?,
+                _ => self.cluster(&entry, &JOB, &place)?,
             }
         }
         if job.groups.is_empty() {
@@ -131,21 +103,44 @@ impl Reader<'_> {
         let place = format!("group {name}");
         let mut group = Group {
             name,
-            count: 1,
             meta: Vec::new(),
+            volumes: Vec::new(),
+            ports: Vec::new(),
             tasks: Vec::new(),
         };
+        self.group = Some(group.name.clone());
         for entry in self.entries(&block.body) {
             match entry.key {
-                "count" => group.count = self.number(&entry)?,
+                "count" => {
+                    let count: u32 = self.number(&entry)?;
+                    if count != 1 {
+                        let message =
+                            format!("{place}: count = {count}, but a run is one instance");
+                        self.note(&entry, Effect::None, message);
+                    }
+                }
                 "meta" => group.meta = self.strings(&entry)?,
                 "task" => {
                     let task = self.task(&entry)?;
+                    if group.tasks.iter().any(|other| other.name == task.name) {
+                        return Err(entry.wrong(format!("{place} has two tasks {}", task.name)));
+                    }
                     group.tasks.push(task);
                 }
-                _ => self.cluster(&entry, CLUSTER_GROUP, &place)?,
+                "network" => {
+                    let ports = self.network(&entry, &place)?;
+                    group.ports.extend(ports);
+                }
+                "volume" => {
+                    let volume = self.volume(&entry)?;
+                    group.volumes.push(volume);
+                }
+                "service" => self.service(&entry, &place)?,
+                "restart" | "reschedule" => self.attempts(&entry, &place)?,
+                _ => self.cluster(&entry, &GROUP, &place)?,
             }
         }
+        self.group = None;
         if group.tasks.is_empty() {
             return Err(missing(entry.line, &place, "task"));
         }
@@ -154,12 +149,18 @@ impl Reader<'_> {
 
     fn task(&mut self, entry: &Entry<'_>) -> Result<Task, JobError> {
         let (block, name) = named(entry)?;
+        directory_name(entry, &name)?;
         let place = format!("task {name}");
+        self.task = Some(name.clone());
         let mut task = Task {
             name,
             line: entry.line,
-            driver: String::new(),
+            driver: Setting {
+                value: Value::Null,
+                line: entry.line,
+            },
             user: None,
+            lifecycle: None,
             config: Vec::new(),
             env: Vec::new(),
             resources: Resources::default(),
@@ -167,14 +168,16 @@ impl Reader<'_> {
             kill_timeout: Duration::from_secs(5),
             logs: Logs::Collected,
             templates: Vec::new(),
+            volume_mounts: Vec::new(),
+            payload_file: None,
             meta: Vec::new(),
         };
         for entry in self.entries(&block.body) {
             match entry.key {
-                "driver" => task.driver = self.string(&entry)?,
+                "driver" => task.driver = self.text(&entry)?,
                 "user" => task.user = Some(self.string(&entry)?).filter(|user| !user.is_empty()),
                 "config" => task.config = self.settings(&entry)?,
-                "env" => task.env = self.settings(&entry)?,
+                "env" => task.env = self.texts(&entry)?,
                 "meta" => task.meta = self.strings(&entry)?,
                 "kill_signal" => task.kill_signal = self.string(&entry)?,
                 "kill_timeout" => task.kill_timeout = self.duration(&entry)?,
@@ -184,98 +187,32 @@ impl Reader<'_> {
                     let template = self.template(&entry, &place)?;
                     task.templates.extend(template);
                 }
-                _ => self.cluster(&entry, CLUSTER_TASK, &place)?,
+                "volume_mount" => {
+                    let mount = self.volume_mount(&entry)?;
+                    task.volume_mounts.push(mount);
+                }
+                "lifecycle" => task.lifecycle = Some(self.lifecycle(&entry)?),
+                "dispatch_payload" => task.payload_file = self.payload_file(&entry)?,
+                "service" => self.service(&entry, &place)?,
+                "identity" => self.identity(&entry, &place)?,
+                "restart" => self.attempts(&entry, &place)?,
+                _ => self.cluster(&entry, &TASK, &place)?,
             }
         }
-        if task.driver.is_empty() {
+        self.task = None;
+        if task.driver.value == Value::Null {
             return Err(missing(entry.line, &place, "driver"));
         }
         Ok(task)
     }
+}
 
-    fn resources(&mut self, entry: &Entry<'_>, place: &str) -> Result<Resources, JobError> {
-        let mut resources = Resources::default();
-        for entry in self.entries(&block_of(entry)?.body) {
-            match entry.key {
-                "cpu" => resources.cpu_mhz = self.number(&entry)?,
-                "cores" => resources.cores = self.number(&entry)?,
-                "memory" => resources.memory_mib = self.number(&entry)?,
-                "memory_max" => resources.memory_max_mib = self.number(&entry)?,
-                _ => self.cluster(&entry, CLUSTER_RESOURCES, place)?,
-            }
-        }
-        Ok(resources)
+/// The name is a directory's, beside the allocation's own.
+fn directory_name(entry: &Entry<'_>, name: &str) -> Result<(), JobError> {
+    if matches!(name, "" | "." | ".." | "alloc") || name.contains(['/', '\\', '\0']) {
+        return Err(entry.wrong(format!("{name:?} is no name for a task")));
     }
-
-    fn logs(&mut self, entry: &Entry<'_>) -> Result<Logs, JobError> {
-        let mut logs = Logs::Collected;
-        for entry in self.entries(&block_of(entry)?.body) {
-            match (entry.key, &entry.content) {
-                // Rotation is the agent's business, not the driver's.
-                ("max_files" | "max_file_size" | "enabled", _) => {}
-                ("disabled", Content::Attribute(value)) => {
-                    if self.value(&entry, value)? == Value::from(true) {
-                        logs = Logs::Disabled;
-                    }
-                }
-                _ => return Err(entry.unknown("logs")),
-            }
-        }
-        Ok(logs)
-    }
-
-    fn template(&mut self, entry: &Entry<'_>, place: &str) -> Result<Option<Template>, JobError> {
-        let mut template = Template {
-            data: String::new(),
-            destination: String::new(),
-            mode: 0o644,
-            target: Target::File,
-            line: entry.line,
-        };
-        for entry in self.entries(&block_of(entry)?.body) {
-            match (entry.key, &entry.content) {
-                ("data", _) => template.data = self.string(&entry)?,
-                ("destination", _) => template.destination = self.string(&entry)?,
-                ("perms", _) => {
-                    let octal = self.string(&entry)?;
-                    template.mode = u32::from_str_radix(&octal, 8)
-                        .map_err(|_| entry.wrong("not an octal mode"))?;
-                }
-                ("env", Content::Attribute(value)) => {
-                    if self.value(&entry, value)? == Value::from(true) {
-                        template.target = Target::Environment;
-                    }
-                }
-                // What happens when a text changes: this one does not change.
-                (
-                    "change_mode"
-                    | "change_signal"
-                    | "change_script"
-                    | "splay"
-                    | "wait"
-                    | "error_on_missing_key"
-                    | "once",
-                    _,
-                ) => {}
-                _ => self.cluster(
-                    &entry,
-                    "source left_delimiter right_delimiter uid gid vault_grace",
-                    place,
-                )?,
-            }
-        }
-        if template.data.contains("{{") {
-            self.unsupported.push(Unsupported {
-                what: format!(
-                    "{place}: template {}, whose text has `{{{{ }}}}` in it",
-                    template.destination
-                ),
-                line: entry.line,
-            });
-            return Ok(None);
-        }
-        Ok(Some(template))
-    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -6,16 +6,20 @@ use std::time::Duration;
 use ::hcl::edit::Span;
 use ::hcl::edit::expr::Expression;
 use ::hcl::edit::structure::{Block, Body, Structure};
+use ::hcl::eval::ErrorKind;
 use ::hcl::{Map, Value};
 
-use super::JobError;
 use crate::job::evaluate::Names;
-use crate::job::{Kind, Setting, Unsupported};
+use crate::job::{Access, JobError, Kind, Setting, Unsupported};
 
-pub(super) struct Reader<'a> {
-    text: &'a str,
-    names: Names,
+pub(super) struct Reader {
+    /// Where each line begins.
+    lines: Vec<usize>,
+    pub(super) names: Names,
     pub unsupported: Vec<Unsupported>,
+    /// The group and the task that are being read.
+    pub group: Option<String>,
+    pub task: Option<String>,
 }
 
 /// One attribute or block.
@@ -32,37 +36,35 @@ pub(super) enum Content<'a> {
 
 impl Entry<'_> {
     pub fn unknown(&self, place: &str) -> JobError {
-        JobError::Unknown {
-            line: self.line,
-            key: self.key.to_owned(),
-            place: place.to_owned(),
-        }
+        JobError::new(
+            self.line,
+            format!("`{}` is nothing that {place} can have", self.key),
+        )
     }
 
-    pub fn wrong(&self, message: impl Into<String>) -> JobError {
-        JobError::Value {
-            line: self.line,
-            key: self.key.to_owned(),
-            message: message.into(),
-        }
+    pub fn wrong(&self, message: impl std::fmt::Display) -> JobError {
+        JobError::new(self.line, format!("`{}`: {message}", self.key))
     }
 }
 
-impl<'a> Reader<'a> {
-    pub fn new(text: &'a str) -> Self {
+impl Reader {
+    pub fn new(text: &str) -> Self {
+        let breaks = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
         Reader {
-            text,
+            lines: std::iter::once(0)
+                .chain(breaks.map(|(at, _)| at + 1))
+                .collect(),
             names: Names::default(),
             unsupported: Vec::new(),
+            group: None,
+            task: None,
         }
     }
 
-    fn line(&self, at: Option<std::ops::Range<usize>>) -> usize {
-        let end = at.map_or(0, |range| range.start).min(self.text.len());
-        1 + self.text.as_bytes()[..end]
-            .iter()
-            .filter(|byte| **byte == b'\n')
-            .count()
+    /// Counted from 1.
+    pub(super) fn line(&self, at: Option<std::ops::Range<usize>>) -> usize {
+        let start = at.map_or(0, |range| range.start);
+        self.lines.partition_point(|begin| *begin <= start)
     }
 
     pub fn entries<'b>(&self, body: &'b Body) -> Vec<Entry<'b>> {
@@ -80,79 +82,6 @@ impl<'a> Reader<'a> {
         };
         body.iter().map(entry).collect()
     }
-
-    /// Fills in variables, then locals, which may name each other in any order.
-    pub fn names(&mut self, body: &Body, given: &[(String, String)]) -> Result<(), JobError> {
-        let mut pending = Vec::new();
-        for entry in self.entries(body) {
-            let Content::Block(block) = entry.content else {
-                continue;
-            };
-            match (entry.key, block.labels.first()) {
-                ("variable", Some(name)) => {
-                    let default = block.body.get_attribute("default");
-                    let value = match (given.iter().find(|(key, _)| key == name.as_str()), default)
-                    {
-                        (Some((_, value)), _) => Value::from(value.as_str()),
-                        (None, Some(default)) => self.value(&entry, &default.value)?,
-                        (None, None) => {
-                            return Err(entry.wrong(format!(
-                                "`{}` has no default and no value was given",
-                                name.as_str()
-                            )));
-                        }
-                    };
-                    self.names.variables.insert(name.as_str().to_owned(), value);
-                }
-                ("variables", _) => {
-                    for (key, setting) in self.settings(&entry)? {
-                        let value = given.iter().find(|(name, _)| *name == key);
-                        let value =
-                            value.map_or(setting.value, |(_, value)| Value::from(value.as_str()));
-                        self.names.variables.insert(key, value);
-                    }
-                }
-                ("locals", _) => pending.extend(block.body.attributes()),
-                _ => {}
-            }
-        }
-        while !pending.is_empty() {
-            let before = pending.len();
-            let mut failure = None;
-            pending.retain(
-                |local| match self.names.evaluate(local.value.clone().into()) {
-                    Ok(value) => {
-                        self.names.locals.insert(local.key.to_string(), value);
-                        false
-                    }
-                    Err(error) => {
-                        failure = Some(JobError::Value {
-                            line: self.line(local.key.span()),
-                            key: local.key.to_string(),
-                            message: error.to_string(),
-                        });
-                        true
-                    }
-                },
-            );
-            if let (true, Some(failure)) = (pending.len() == before, failure) {
-                return Err(failure);
-            }
-        }
-        Ok(())
-    }
-
-    /// Notes an entry that a cluster would act on; anything else is a mistake.
-    pub fn cluster(&mut self, entry: &Entry<'_>, known: &str, place: &str) -> Result<(), JobError> {
-        if !known.split_whitespace().any(|key| key == entry.key) {
-            return Err(entry.unknown(place));
-        }
-        self.unsupported.push(Unsupported {
-            what: format!("{place}: {}", entry.key),
-            line: entry.line,
-        });
-        Ok(())
-    }
 }
 
 pub(super) fn label(block: &Block) -> Option<String> {
@@ -160,11 +89,7 @@ pub(super) fn label(block: &Block) -> Option<String> {
 }
 
 pub(super) fn missing(line: usize, place: &str, key: &str) -> JobError {
-    JobError::Missing {
-        line,
-        place: place.to_owned(),
-        key: key.to_owned(),
-    }
+    JobError::new(line, format!("{place} has no `{key}`"))
 }
 
 pub(super) fn block_of<'a>(entry: &Entry<'a>) -> Result<&'a Block, JobError> {
@@ -181,10 +106,15 @@ pub(super) fn named<'a>(entry: &Entry<'a>) -> Result<(&'a Block, String), JobErr
 }
 
 /// Values.
-impl Reader<'_> {
+impl Reader {
     pub fn value(&self, entry: &Entry<'_>, expression: &Expression) -> Result<Value, JobError> {
         let value = self.names.evaluate(expression.clone().into());
-        value.map_err(|error| entry.wrong(error.to_string()))
+        value.map_err(|error| match error.kind() {
+            ErrorKind::UndefinedFunc(name) => entry.wrong(format!(
+                "{name}() is not known here, as no function is; write its value out, or give it with --var"
+            )),
+            _ => entry.wrong(error),
+        })
     }
 
     pub fn attribute(&self, entry: &Entry<'_>) -> Result<Value, JobError> {
@@ -198,14 +128,49 @@ impl Reader<'_> {
         as_string(self.attribute(entry)?).ok_or_else(|| entry.wrong("must be a string"))
     }
 
+    pub fn flag(&self, entry: &Entry<'_>) -> Result<bool, JobError> {
+        match self.string(entry)?.as_str() {
+            "true" => Ok(true),
+            "false" => Ok(false),
+            other => Err(entry.wrong(format!("`{other}` is neither true nor false"))),
+        }
+    }
+
+    pub fn access(&self, entry: &Entry<'_>) -> Result<Access, JobError> {
+        Ok(match self.flag(entry)? {
+            true => Access::ReadOnly,
+            false => Access::ReadWrite,
+        })
+    }
+
+    pub fn list(&self, entry: &Entry<'_>) -> Result<Vec<String>, JobError> {
+        let wrong = || entry.wrong("must be a list of strings");
+        match self.attribute(entry)? {
+            Value::Array(items) => items
+                .into_iter()
+                .map(|item| as_string(item).ok_or_else(wrong))
+                .collect(),
+            _ => Err(wrong()),
+        }
+    }
+
+    /// The text of an attribute, and its line.
+    pub fn text(&self, entry: &Entry<'_>) -> Result<Setting, JobError> {
+        Ok(Setting {
+            value: Value::from(self.string(entry)?),
+            line: entry.line,
+        })
+    }
+
     pub fn number<N: TryFrom<i64>>(&self, entry: &Entry<'_>) -> Result<N, JobError> {
-        let number = match self.attribute(entry)? {
+        let value = self.attribute(entry)?;
+        let number = match &value {
             Value::Number(number) => number.as_i64(),
             Value::String(text) => text.parse().ok(),
             _ => None,
         };
         let number = number.and_then(|number| N::try_from(number).ok());
-        number.ok_or_else(|| entry.wrong("must be a whole number in range"))
+        number.ok_or_else(|| entry.wrong(format!("{value} is no whole number in range")))
     }
 
     pub fn duration(&self, entry: &Entry<'_>) -> Result<Duration, JobError> {
@@ -273,11 +238,27 @@ impl Reader<'_> {
     }
 
     pub fn strings(&self, entry: &Entry<'_>) -> Result<Vec<(String, String)>, JobError> {
-        let one = |(key, setting): (String, Setting)| match as_string(setting.value) {
+        let one = |(key, setting): (String, Setting)| match as_string(setting.value.clone()) {
             Some(value) => Ok((key, value)),
-            None => Err(entry.wrong(format!("`{key}` must be a string"))),
+            None => Err(JobError::new(
+                setting.line,
+                format!("`{key}` of {} must be a string", entry.key),
+            )),
         };
         self.settings(entry)?.into_iter().map(one).collect()
+    }
+
+    /// Free keys with texts, each with its line.
+    pub fn texts(&self, entry: &Entry<'_>) -> Result<Vec<(String, Setting)>, JobError> {
+        let settings = self.settings(entry)?;
+        let lines: Vec<_> = settings.iter().map(|(_, setting)| setting.line).collect();
+        let strings = self.strings(entry)?.into_iter().zip(lines);
+        Ok(strings
+            .map(|((key, text), line)| {
+                let value = Value::from(text);
+                (key, Setting { value, line })
+            })
+            .collect())
     }
 }
 

@@ -37,6 +37,8 @@ pub struct Config {
     pub base: PathBuf,
     /// Speed of each core.
     pub core_mhz: u64,
+    /// `client.reserved.cores`: not for tasks.
+    pub reserved_cores: Vec<u32>,
 }
 
 impl Default for Config {
@@ -49,6 +51,7 @@ impl Default for Config {
             release: Release::Nomad2_0,
             base: "/opt".into(),
             core_mhz: 1000,
+            reserved_cores: Vec::new(),
         }
     }
 }
@@ -97,6 +100,7 @@ impl Agent {
             data.path(),
             std::os::unix::fs::PermissionsExt::from_mode(0o755),
         )?;
+        let cgroups = Cgroups::new(&config.reserved_cores);
         let shared = Arc::new(Shared {
             binary: binary
                 .as_ref()
@@ -105,7 +109,7 @@ impl Agent {
             config,
             data,
             violations: Violations::default(),
-            cgroups: Cgroups::new(),
+            cgroups,
             log: Log::default(),
             plugin_bytes: Mutex::default(),
             plugin: tokio::sync::Mutex::default(),

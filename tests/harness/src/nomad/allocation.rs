@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
 use nomad_driver_exec2::job::alloc_dir::{AllocDir, Owner, Roots};
-use nomad_driver_exec2::job::environment::{Placed, inherited};
+use nomad_driver_exec2::job::environment::{Node, Placed, inherited};
 use nomad_driver_exec2::job::request::{Request, new_alloc_id};
 use nomad_driver_exec2::job::{self, Group, Job, Logs, template};
 
@@ -20,18 +20,6 @@ use super::proto::driver::{
 use super::proto::hclspec::Spec;
 use super::task::{Parts, Task};
 use super::{encode, schema};
-
-/// What a job file may ask of a cluster without any effect on the driver.
-const HARMLESS: [&str; 8] = [
-    "affinity",
-    "constraint",
-    "migrate",
-    "priority",
-    "reschedule",
-    "restart",
-    "spread",
-    "update",
-];
 
 /// A running group of tasks.
 #[derive(Debug)]
@@ -55,20 +43,17 @@ impl Allocation {
         change: &impl Fn(&mut TaskConfig),
     ) -> Result<Self> {
         let job = job::parse(text, &[])?;
-        let harmful = |entry: &&job::Unsupported| {
-            !HARMLESS
-                .iter()
-                .any(|word| entry.what.ends_with(&format!(": {word}")))
-        };
-        if let Some(entry) = job.unsupported.iter().find(harmful) {
+        let missing = |entry: &&job::Unsupported| entry.effect == job::Effect::Missing;
+        if let Some(entry) = job.unsupported.iter().find(missing) {
             bail!("{entry}");
         }
         let [group] = job.groups.as_slice() else {
             bail!("job {} has more than one group", job.id);
         };
+        let is_plain = |task: &job::Task| task.volume_mounts.is_empty() && task.lifecycle.is_none();
         ensure!(
-            group.count == 1,
-            "group {} has more than one instance",
+            group.ports.is_empty() && group.tasks.iter().all(is_plain),
+            "group {} has ports, volumes or a lifecycle, which this client does not give",
             group.name
         );
         let allocation = Allocation::place(agent, &job, group, change).await?;
@@ -108,7 +93,7 @@ impl Allocation {
         };
         let id = new_alloc_id();
         let mut dir = AllocDir::create(&roots, &id)?;
-        let node_mhz = (agent.config.core_mhz * agent.cgroups.usable().len() as u64) as f64;
+        let node_mhz = (agent.config.core_mhz * agent.cgroups.online().len() as u64) as f64;
         let (mut tasks, mut cgroups) = (Vec::new(), Vec::new());
         let host: Vec<_> = std::env::vars()
             .chain(agent.config.env.iter().cloned())
@@ -136,6 +121,7 @@ impl Allocation {
                 cpu_mhz,
                 cpuset: &cpuset,
                 paths: &paths,
+                node: &Node::default(),
             };
             let templates = template::write(&placed)?;
             let request = Request::new(

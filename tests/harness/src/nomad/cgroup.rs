@@ -14,6 +14,8 @@ const CONTROLLERS: [&str; 5] = ["cpuset", "cpu", "io", "memory", "pids"];
 #[derive(Debug)]
 pub(super) struct Cgroups {
     mode: Mode,
+    online: BTreeSet<u32>,
+    /// Those that tasks get.
     usable: BTreeSet<u32>,
     /// Exclusive cores by allocation id and task.
     reserved: Mutex<BTreeMap<String, BTreeSet<u32>>>,
@@ -26,7 +28,8 @@ enum Mode {
 }
 
 impl Cgroups {
-    pub fn new() -> Self {
+    /// `kept` are cores that the operator keeps from tasks.
+    pub fn new(kept: &[u32]) -> Self {
         let controllers =
             fs::read_to_string(format!("{ROOT}/cgroup.controllers")).unwrap_or_default();
         let all = CONTROLLERS
@@ -34,15 +37,25 @@ impl Cgroups {
             .all(|name| controllers.split_whitespace().any(|there| there == *name));
         let online =
             fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_else(|_| "0".into());
+        let online = cores(online.trim());
         let cgroups = Cgroups {
             mode: if all { Mode::V2 } else { Mode::Off },
-            usable: cores(online.trim()),
+            usable: online
+                .iter()
+                .copied()
+                .filter(|core| !kept.contains(core))
+                .collect(),
+            online,
             reserved: Mutex::default(),
         };
         if cgroups.mode == Mode::V2 {
             cgroups.init();
         }
         cgroups
+    }
+
+    pub fn online(&self) -> &BTreeSet<u32> {
+        &self.online
     }
 
     pub fn usable(&self) -> &BTreeSet<u32> {
@@ -160,6 +173,7 @@ mod tests {
     fn a_reserved_core_is_given_out_once() {
         let cgroups = Cgroups {
             mode: Mode::Off,
+            online: BTreeSet::from([0, 1]),
             usable: BTreeSet::from([0, 1]),
             reserved: Mutex::default(),
         };

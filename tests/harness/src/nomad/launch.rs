@@ -128,13 +128,14 @@ impl Shared {
         let core = |core_id: &u32| ClientTopologyCore {
             core_id: *core_id,
             base_speed: self.config.core_mhz,
+            disable: !self.cgroups.usable().contains(core_id),
             ..ClientTopologyCore::default()
         };
         ClientTopology {
             node_ids: vec![0],
             // A machine without NUMA has none; the message is there all the same.
             distances: Some(ClientTopologySlit::default()),
-            cores: self.cgroups.usable().iter().map(core).collect(),
+            cores: self.cgroups.online().iter().map(core).collect(),
             override_total_compute: 0,
             override_withold_compute: 0,
         }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use nomad_driver_exec2::job::alloc_dir::TaskPaths;
-use nomad_driver_exec2::job::environment::Placed;
+use nomad_driver_exec2::job::environment::{Node, Placed};
 use nomad_driver_exec2::job::request::Request;
 use nomad_driver_exec2::job::{self, Job};
 use prost::Message;
@@ -97,6 +97,7 @@ fn ours(job: &Job, recorded: &TaskConfig) -> TaskConfig {
         cpu_mhz: task.resources.cpu_mhz,
         cpuset: "",
         paths: &paths,
+        node: &Node::default(),
     };
     let outside = recorded
         .env

@@ -1,66 +1,118 @@
-//! `run`: one command through the very plan, scope and helper of a Nomad task, on any host with systemd.
+//! `run`: a command, or a task of a job file, through the very plan, scope and helper of a Nomad task, on any host with systemd.
+
+mod job;
+mod node;
+pub mod terminal;
+mod values;
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use clap::Args;
-use nix::fcntl::OFlag;
-use nix::unistd::pipe2;
 use thiserror::Error;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
 
+use self::job::JobTask;
+use self::terminal::{Stops, copied_to, say};
+use self::values::{assignment, mebibytes, volume};
 use crate::config::plugin::PluginConfig;
 use crate::config::task::TaskOptions;
 use crate::host;
 use crate::job::alloc_dir::{AllocDir, AllocDirError, Owner, Roots, TaskPaths};
 use crate::job::request::{new_alloc_id, new_task_id};
-use crate::plan::limits::{MemoryMax, Resources};
+use crate::job::{JobError, Logs};
+use crate::plan::limits::{Cpus, MemoryMax, Resources};
 use crate::task::types::{
     Destroy, DriverError, ExitResult, Names, Severity, TaskEvent, TaskId, TaskRequest,
 };
 use crate::task::{Flow, Output, TaskTable, Tasks};
 use crate::users::{self, Account, UserError};
 
-/// Run a command as a task: in its own systemd scope, limited, and with nothing open to it but what is unveiled
+/// Run a command, or a task of a job file, as a task: in its own systemd scope, limited, and with nothing open to it but
+/// what is unveiled
 #[derive(Debug, Args)]
-#[command(after_help = "\
-Example:
+#[command(
+    override_usage = "nomad-driver-exec2 run [OPTIONS] -- COMMAND [ARGUMENT]...\n       \
+        nomad-driver-exec2 run [OPTIONS] JOB.nomad.hcl",
+    after_help = "\
+Examples:
   nomad-driver-exec2 run --memory 64M --cpu 500 --unveil r:/srv -- ls -l /srv
+  nomad-driver-exec2 run web.nomad.hcl
+  nomad-driver-exec2 run --task front/web --var port=8080 --volume data=/srv/data shop.nomad.hcl
+
+Of a job file one task is run, once, with its user, environment, templates, resources and signals. What only a cluster gives
+is named with its line: as a warning where the task is the same without it, else as an error with what to do about it. A
+`port` without `static` is a free one of this host. `cores` are the first that no other task has reserved.
 
 The exit status is the command's, 128 + n if signal n ended it, and 125 if it could not be run at all. Standard input is
-/dev/null, as for a task. Ctrl-C stops the task as Nomad does: with SIGINT, and with SIGKILL if it has not ended 5 seconds
-later; a second Ctrl-C kills it at once.")]
+/dev/null, as for a task. Ctrl-C stops the task as Nomad does: with the job's kill_signal or SIGINT, and with SIGKILL if it
+has not ended after kill_timeout or 5 seconds; a second Ctrl-C kills it at once."
+)]
 pub struct Run {
-    /// Memory limit: a number of MiB, or with K, M or G
-    #[arg(long, value_name = "SIZE", default_value = "300M", value_parser = mebibytes)]
-    memory: u64,
-    /// CPU limit in MHz, as in a job's `resources`
-    #[arg(long, value_name = "MHZ", default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..))]
-    cpu: u64,
+    /// Memory limit: a number of MiB, or with K, M or G [default: the job's, or 300M]
+    #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
+    memory: Option<u64>,
+    /// CPU limit in MHz, as in a job's `resources` [default: the job's, or 1000]
+    #[arg(long, value_name = "MHZ", value_parser = clap::value_parser!(u64).range(1..))]
+    cpu: Option<u64>,
     /// Unveil a path, as in `r:/srv`; the mode is any of r, w, x, c [repeatable]
     #[arg(long, value_name = "MODE:PATH")]
     unveil: Vec<String>,
-    /// User to run as, by name; a dynamic one if absent
+    /// User to run as, by name [default: the job's, or a dynamic one]
     #[arg(long, value_name = "USER")]
     user: Option<String>,
-    /// Set a variable of the command's environment [repeatable]
-    #[arg(long, value_name = "NAME=VALUE", value_parser = variable)]
+    /// Set a variable of the task's environment [repeatable]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
     env: Vec<(String, String)>,
+    /// The job file
+    #[arg(
+        value_name = "JOB.nomad.hcl",
+        conflicts_with = "command",
+        required_unless_present = "command"
+    )]
+    file: Option<PathBuf>,
     /// The command and its arguments
-    #[arg(required = true, last = true, value_name = "COMMAND")]
+    #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
+    #[command(flatten)]
+    of_job: OfJob,
+}
+
+/// What only a job file can use.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "For a job file")]
+struct OfJob {
+    /// The task to run, as TASK or GROUP/TASK; needed where the file has several
+    #[arg(long, conflicts_with = "command")]
+    task: Option<String>,
+    /// Give one of the file's variables a value, as `nomad job run -var` does [repeatable]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment, conflicts_with = "command")]
+    var: Vec<(String, String)>,
+    /// The directory of this host that is a volume of the job [repeatable]
+    #[arg(long, value_name = "NAME=/PATH", value_parser = volume, conflicts_with = "command")]
+    volume: Vec<(String, PathBuf)>,
+    /// Metadata for a parameterized job, as `nomad job dispatch -meta` gives it [repeatable]
+    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment, conflicts_with = "command")]
+    meta: Vec<(String, String)>,
+    /// Payload for a parameterized job
+    #[arg(long, value_name = "FILE", conflicts_with = "command")]
+    payload: Option<PathBuf>,
+    /// Run without a block that needs a cluster, as in `artifact` [repeatable]
+    #[arg(long, value_name = "BLOCK", conflicts_with = "command")]
+    ignore: Vec<String>,
 }
 
 #[derive(Debug, Error)]
 pub enum RunError {
+    #[error("{}:{}: {}", file.display(), error.line, error.message)]
+    Job { file: PathBuf, error: JobError },
+    #[error("{}: {problem}", path.display())]
+    File { path: PathBuf, problem: String },
     #[error("run needs root, as Nomad's client does; try sudo")]
     NotRoot,
     #[error("systemd is not the init system of this host, so that nothing here can make a scope")]
@@ -79,6 +131,9 @@ pub enum RunError {
 
 /// Nomad's own range for dynamic workload users.
 const DYNAMIC: (u32, u32) = (80_000, 89_999);
+/// Of a command.
+const CPU_MHZ: u64 = 1000;
+const MEMORY_MIB: u64 = 300;
 /// Nomad's default kill_timeout.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Below it the directories of one run, as Nomad's below its data_dir. Traversable, since the command's user passes through.
@@ -97,7 +152,7 @@ impl Run {
             .build()?;
         let result = runtime.block_on(self.run(TaskTable::new()?))?;
         if let Some(error) = &result.error {
-            let _ = writeln!(io::stderr(), "nomad-driver-exec2: {error}");
+            say(error);
         }
         Ok(ExitCode::from(u8::try_from(result.code).unwrap_or(1)))
     }
@@ -105,14 +160,28 @@ impl Run {
     async fn run(self, tasks: TaskTable) -> Result<ExitResult, RunError> {
         // Before anything exists, so that no Ctrl-C can leave it behind.
         let mut stops = Stops::listen()?;
+        let job = match &self.file {
+            Some(file) => Some(JobTask::read(file, &self)?),
+            None => None,
+        };
+        let of_job = || job.as_ref().map_or(Ok(None), JobTask::account);
         let account = match &self.user {
-            Some(name) => users::look_up(name)?,
+            Some(name) => Some(users::look_up(name)?),
+            None => of_job()?,
+        };
+        let account = match account {
+            Some(account) => account,
             None => users::dynamic(unused_uid()?),
         };
         let alloc_id = new_alloc_id();
-        let name = Path::new(&self.command[0])
-            .file_name()
-            .map_or("task".into(), |name| name.to_string_lossy().into_owned());
+        let name = match (&job, self.command.first()) {
+            (Some(job), _) => job.name().to_owned(),
+            (None, Some(command)) => Path::new(command)
+                .file_name()
+                .filter(|name| *name != "alloc")
+                .map_or("task".into(), |name| name.to_string_lossy().into_owned()),
+            (None, None) => "task".into(),
+        };
         let roots = Roots {
             allocs: Path::new(BASE).join("alloc"),
             mounts: Path::new(BASE).join("alloc_mounts"),
@@ -125,16 +194,23 @@ impl Run {
                 gid: account.gid,
             },
         )?;
-        let request = self.request(&account, &alloc_id, name, dir.path(), &paths);
-        tasks.set_up(config(), Some(host::compute())).await;
+        let (request, ending) = match job {
+            Some(job) => job.request(&self, &account, &alloc_id, dir.path(), &paths)?,
+            None => (
+                self.request(&account, &alloc_id, name, dir.path(), &paths),
+                Ending::default(),
+            ),
+        };
+        let (compute, usable) = (Some(host::compute()), Cpus::new());
+        tasks.set_up(config(), compute, usable).await;
         let id = request.id.clone();
-        let ended = attend(&tasks, request, &mut stops).await;
+        let ended = attend(&tasks, request, &ending, &mut stops).await;
         // What is known of its end is told, whatever becomes of the directories. A task that could not be destroyed, and is
         // still known therefore, keeps them.
         if tasks.inspect(&id).await.is_ok() {
             dir.leave();
         } else if let Err(error) = dir.remove() {
-            complain(&error);
+            say(error);
         }
         ended
     }
@@ -148,19 +224,20 @@ impl Run {
         paths: &TaskPaths,
     ) -> TaskRequest {
         let path = |path: &Path| path.display().to_string();
+        let (cpu_mhz, memory_mib) = (
+            self.cpu.unwrap_or(CPU_MHZ),
+            self.memory.unwrap_or(MEMORY_MIB),
+        );
         let mut env = BTreeMap::from([
             ("NOMAD_TASK_DIR".to_owned(), path(&paths.local)),
             ("NOMAD_ALLOC_DIR".to_owned(), path(&paths.alloc)),
             ("NOMAD_SECRETS_DIR".to_owned(), path(&paths.secrets)),
             ("NOMAD_ALLOC_ID".to_owned(), alloc_id.to_owned()),
             ("NOMAD_TASK_NAME".to_owned(), name.clone()),
-            ("NOMAD_CPU_LIMIT".to_owned(), self.cpu.to_string()),
-            ("NOMAD_MEMORY_LIMIT".to_owned(), self.memory.to_string()),
+            ("NOMAD_CPU_LIMIT".to_owned(), cpu_mhz.to_string()),
+            ("NOMAD_MEMORY_LIMIT".to_owned(), memory_mib.to_string()),
         ]);
-        let inherited = ["PATH", "LANG", "TERM"]
-            .into_iter()
-            .filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
-        env.extend(inherited.chain(self.env));
+        env.extend(inherited().chain(self.env));
         let (command, args) = self
             .command
             .split_first()
@@ -190,16 +267,43 @@ impl Run {
             stdout_path: "/dev/null".into(),
             stderr_path: "/dev/null".into(),
             resources: Resources {
-                cpu_mhz: self.cpu,
-                memory_mib: self.memory,
+                cpu_mhz,
+                memory_mib,
                 memory_max_mib: MemoryMax::Unset,
                 cpuset: String::new(),
             },
             nomad_cgroup: "".into(),
             network_namespace: None,
+            hosts: None,
             dns: None,
             mounts: Vec::new(),
             devices: Vec::new(),
+        }
+    }
+}
+
+/// What a task gets of the caller's environment.
+fn inherited() -> impl Iterator<Item = (String, String)> {
+    ["PATH", "LANG", "TERM"]
+        .into_iter()
+        .filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)))
+}
+
+/// How a task is stopped, and whether anybody reads what it writes.
+#[derive(Debug)]
+struct Ending {
+    /// `None` passes on the signal that stops us.
+    signal: Option<String>,
+    timeout: Duration,
+    logs: Logs,
+}
+
+impl Default for Ending {
+    fn default() -> Self {
+        Ending {
+            signal: None,
+            timeout: KILL_TIMEOUT,
+            logs: Logs::Collected,
         }
     }
 }
@@ -216,32 +320,37 @@ fn config() -> PluginConfig {
 async fn attend(
     tasks: &TaskTable,
     request: TaskRequest,
+    ending: &Ending,
     stops: &mut Stops,
 ) -> Result<ExitResult, RunError> {
     let id = request.id.clone();
-    let (stdout, copy_stdout) = copied_to(io::stdout())?;
-    let (stderr, copy_stderr) = copied_to(io::stderr())?;
+    let (output, copies) = match ending.logs {
+        Logs::Collected => {
+            let (stdout, copy_stdout) = copied_to(io::stdout())?;
+            let (stderr, copy_stderr) = copied_to(io::stderr())?;
+            (
+                Output::Given([stdout, stderr]),
+                vec![copy_stdout, copy_stderr],
+            )
+        }
+        // The request names /dev/null.
+        Logs::Disabled => (Output::Logs, Vec::new()),
+    };
     let mut events = tasks.events();
-    tasks
-        .start_with(request, Output::Given([stdout, stderr]))
-        .await?;
+    tasks.start_with(request, output).await?;
     print_warnings(&mut events).await;
-    let ended = follow(tasks, &id, stops).await;
+    let ended = follow(tasks, &id, ending, stops).await;
     print_warnings(&mut events).await;
     // Until the task is destroyed, something could still write.
     match tasks.destroy(&id, Destroy::EvenIfRunning).await {
         Ok(()) => {
-            for copy in [copy_stdout, copy_stderr] {
+            for copy in copies {
                 let _ = copy.join();
             }
         }
-        Err(error) => complain(&error),
+        Err(error) => say(error),
     }
     Ok(ended?)
-}
-
-fn complain(error: &dyn std::error::Error) {
-    let _ = writeln!(io::stderr(), "nomad-driver-exec2: {error}");
 }
 
 /// What the events so far warn of: a limit that is not in force, an end by the OOM killer.
@@ -249,7 +358,7 @@ async fn print_warnings(events: &mut Flow<TaskEvent>) {
     // A timeout of nothing polls once: it gives what is there, and does not wait for more.
     while let Ok(Some(event)) = timeout(Duration::ZERO, events.next()).await {
         if event.severity == Severity::Warning {
-            let _ = writeln!(io::stderr(), "nomad-driver-exec2: {}", event.message);
+            say(event.message);
         }
     }
 }
@@ -257,59 +366,18 @@ async fn print_warnings(events: &mut Flow<TaskEvent>) {
 async fn follow(
     tasks: &TaskTable,
     id: &TaskId,
+    ending: &Ending,
     stops: &mut Stops,
 ) -> Result<ExitResult, DriverError> {
     tokio::select! {
         result = tasks.wait(id) => result,
         name = stops.next() => {
+            let name = ending.signal.as_deref().unwrap_or(name);
             tokio::select! {
-                stopped = tasks.stop(id, KILL_TIMEOUT, name) => stopped?,
+                stopped = tasks.stop(id, ending.timeout, name) => stopped?,
                 _ = stops.next() => tasks.stop(id, Duration::ZERO, "SIGKILL").await?,
             }
             tasks.wait(id).await
-        }
-    }
-}
-
-/// A pipe whose other end is copied to `target`. The terminal itself is never handed to a task: it could push keystrokes
-/// into it (TIOCSTI).
-fn copied_to(mut target: impl Write + Send + 'static) -> io::Result<(OwnedFd, JoinHandle<()>)> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-    let copy = std::thread::spawn(move || {
-        let mut source = std::fs::File::from(read);
-        // When the reader goes away, so does the pipe: the task is told by SIGPIPE, as it would be without us.
-        let _ = io::copy(&mut source, &mut target);
-        let _ = target.flush();
-    });
-    Ok((write, copy))
-}
-
-/// The signals by which people and init systems stop a program.
-#[derive(Debug)]
-struct Stops {
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-    hang_up: tokio::signal::unix::Signal,
-    quit: tokio::signal::unix::Signal,
-}
-
-impl Stops {
-    fn listen() -> io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
-            quit: signal(SignalKind::quit())?,
-        })
-    }
-
-    /// The name of the one to pass on.
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.interrupt.recv() => "SIGINT",
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.hang_up.recv() => "SIGHUP",
-            _ = self.quit.recv() => "SIGQUIT",
         }
     }
 }
@@ -327,57 +395,4 @@ fn unused_uid() -> Result<u32, RunError> {
         .map(|step| first + (start + step) % span)
         .find(|uid| !used.contains(uid))
         .ok_or(RunError::NoUser)
-}
-
-/// `64`, `64M` and `1G` are MiB; `65536K` is 64.
-fn mebibytes(text: &str) -> Result<u64, String> {
-    let (digits, unit) = text.split_at(
-        text.find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len()),
-    );
-    let number: u64 = digits
-        .parse()
-        .map_err(|_| "a size is a number, as in 64M".to_owned())?;
-    let mib = match unit {
-        "" | "M" | "m" | "MiB" => Some(number),
-        "K" | "k" | "KiB" => Some(number.div_ceil(1024)),
-        "G" | "g" | "GiB" => number.checked_mul(1024),
-        _ => {
-            return Err(format!(
-                "a size is a whole number with K, M or G, as in 64M; {unit:?} is no unit"
-            ));
-        }
-    };
-    mib.filter(|mib| *mib > 0)
-        .ok_or_else(|| "a size is at least 1M".to_owned())
-}
-
-fn variable(text: &str) -> Result<(String, String), String> {
-    let wrong = "a variable is NAME=VALUE";
-    let (name, value) = text.split_once('=').ok_or(wrong)?;
-    if name.is_empty() {
-        return Err(wrong.into());
-    }
-    Ok((name.to_owned(), value.to_owned()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_as_people_write_them() {
-        for (text, mib) in [
-            ("64", 64),
-            ("64M", 64),
-            ("1G", 1024),
-            ("65536K", 64),
-            ("1K", 1),
-        ] {
-            assert_eq!(mebibytes(text), Ok(mib), "{text}");
-        }
-        for text in ["", "M", "0", "1T", "-1", "1.5G", "99999999999999999999"] {
-            assert!(mebibytes(text).is_err(), "{text}");
-        }
-    }
 }

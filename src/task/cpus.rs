@@ -1,0 +1,194 @@
+//! Keeps tasks without `cores` off the CPUs that others have reserved. Nomad writes what is left into a file of its own
+//! cgroup tree whenever an allocation with `cores` starts or stops; each scope gets it at its start, and again when it changes.
+//!
+//! Each scope, not their slice: what systemd writes for a property of a running unit goes with a transient one, while it would
+//! stay for the slice, and an operator's AllowedCPUs for the slice bounds those of its scopes.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use tokio::io::unix::AsyncFd;
+use tracing::{debug, warn};
+
+use super::table::{Task, TaskTable, lock};
+use crate::cgroup::Cgroup;
+use crate::plan::limits::{self, Cpus, List};
+use crate::plan::unit::{SHARE_SLICE, SLICE};
+use crate::sys;
+use crate::systemd::SystemdError;
+
+const NOMAD_SLICE: &str = "/nomad.slice";
+const NOMAD_SHARE: &str = "/nomad.slice/share.slice";
+/// Before a change that did not get through is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+
+impl TaskTable {
+    /// The CPUs for a task without `cores` that starts now; `None` if nothing keeps it off any.
+    pub(super) fn share_cpus(&self) -> Option<Cpus> {
+        let all = all()?;
+        let share = limits::share(nomads_share().as_ref(), &self.settings().usable, &all);
+        (share != all).then_some(share)
+    }
+
+    /// Brings running tasks to the CPUs that they are left now, and goes on to for as long as we live. Comes with a task: Nomad
+    /// starts plugins that must touch nothing.
+    pub(super) fn follow_cpus(&self) {
+        self.shared.cpus_changed.notify_one();
+        if !self.shared.is_following_cpus.swap(true, Ordering::Relaxed) {
+            tokio::spawn(self.clone().keep_cpus());
+        }
+    }
+
+    async fn keep_cpus(self) {
+        let watch = Watch::new();
+        if let Err(error) = &watch {
+            warn!(
+                "inotify: {error}; running tasks learn of newly reserved CPUs at the next start of a task only"
+            );
+        }
+        let mut is_done = true;
+        loop {
+            if let Ok(watch) = &watch {
+                // Before the look, so that no change after it goes unseen.
+                watch.renew();
+            }
+            let fitted = self.fit_all().await;
+            // Once, however long the bus is away.
+            if let Err(error) = &fitted
+                && is_done
+            {
+                warn!("tasks cannot be kept off reserved CPUs yet, trying again: {error}");
+            }
+            is_done = fitted.is_ok();
+            tokio::select! {
+                () = self.shared.cpus_changed.notified() => {}
+                () = changed(watch.as_ref().ok()) => {}
+                () = tokio::time::sleep(AGAIN), if !is_done => {}
+            }
+        }
+    }
+
+    /// The last error if not every task has what it should.
+    async fn fit_all(&self) -> Result<(), SystemdError> {
+        let Some(all) = all() else { return Ok(()) };
+        let share = limits::share(nomads_share().as_ref(), &self.settings().usable, &all);
+        let mut fitted = Ok(());
+        for task in self.running() {
+            if !task.is_shared() || *lock(&task.cpus).as_ref().unwrap_or(&all) == share {
+                continue;
+            }
+            match self.fit(&task, &share).await {
+                Ok(()) => {}
+                // Without a bus the others would fare no better.
+                Err(error) if error.is_unanswered() => return Err(error),
+                Err(error) => fitted = Err(error),
+            }
+        }
+        fitted
+    }
+
+    async fn fit(&self, task: &Arc<Task>, share: &Cpus) -> Result<(), SystemdError> {
+        let in_force = asked(&task.cgroup);
+        let is_ours = in_force == *lock(&task.cpus);
+        // An operator's drop-in for the scope has the last word. An answer that was lost had its effect all the same.
+        if is_ours && in_force.as_ref() != Some(share) {
+            self.shared.systemd.allow_cpus(&task.unit, share).await?;
+            debug!(unit = %task.unit, "CPUs changed to {}", List(share));
+        }
+        if is_ours || in_force.as_ref() == Some(share) {
+            *lock(&task.cpus) = Some(share.clone());
+        }
+        Ok(())
+    }
+}
+
+impl Task {
+    fn is_shared(&self) -> bool {
+        let slice = Cgroup::at(&format!("{SLICE}/{SHARE_SLICE}"));
+        self.cgroup.path().starts_with(slice.path())
+    }
+}
+
+/// All CPUs of the host; `None` without the controller.
+fn all() -> Option<Cpus> {
+    effective(&Cgroup::at("/"))
+}
+
+/// What Nomad leaves to tasks without `cores`; `None` before its first reservation, and where it lets all have all.
+fn nomads_share() -> Option<Cpus> {
+    asked(&Cgroup::at(NOMAD_SHARE))
+}
+
+/// The CPUs that were asked for a cgroup; `None` if none were.
+pub(super) fn asked(cgroup: &Cgroup) -> Option<Cpus> {
+    limits::cpus(&cgroup.cpus()?).ok().flatten()
+}
+
+/// The CPUs that a cgroup has; `None` without the controller.
+pub(super) fn effective(cgroup: &Cgroup) -> Option<Cpus> {
+    limits::cpus(&cgroup.effective_cpus()?).ok().flatten()
+}
+
+/// Nomad's file, and the directories that it may first have to appear in.
+#[derive(Debug)]
+struct Watch {
+    inotify: AsyncFd<OwnedFd>,
+    places: [(PathBuf, WatchFlags); 3],
+}
+
+impl Watch {
+    fn new() -> io::Result<Self> {
+        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+        let path = |cgroup: &str| Cgroup::at(cgroup).path().to_owned();
+        Ok(Self {
+            inotify: sys::readable(inotify)?,
+            places: [
+                (path("/"), WatchFlags::CREATE),
+                (path(NOMAD_SLICE), WatchFlags::CREATE),
+                // Only what userspace writes raises an event, and this file Nomad writes.
+                (path(NOMAD_SHARE).join("cpuset.cpus"), WatchFlags::MODIFY),
+            ],
+        })
+    }
+
+    /// Watches what is there by now; what is watched already stays so. From the outside in: what appears after the look at
+    /// its place raises an event there.
+    fn renew(&self) {
+        for (path, what) in &self.places {
+            self.add(path, *what);
+        }
+    }
+
+    fn add(&self, path: &Path, what: WatchFlags) {
+        match inotify::add_watch(self.inotify.as_fd(), path, what) {
+            Err(error) if error != rustix::io::Errno::NOENT => {
+                warn!("inotify: {}: {error}", path.display());
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Until something happened in one of the places; never without a watch.
+async fn changed(watch: Option<&Watch>) {
+    let Some(watch) = watch else {
+        return std::future::pending().await;
+    };
+    // What happened does not matter: everything is read again.
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let drained = watch
+        .inotify
+        .async_io(tokio::io::Interest::READABLE, |inotify| {
+            Ok(rustix::io::read(inotify, &mut buffer).map(drop)?)
+        });
+    if let Err(error) = drained.await {
+        warn!("inotify: {error}");
+        std::future::pending::<()>().await;
+    }
+}
