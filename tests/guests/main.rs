@@ -12,6 +12,7 @@ mod jobs;
 mod leaks;
 mod life;
 mod nomad;
+mod programs;
 mod recovery;
 mod run;
 mod run_job;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         jobs::CASES,
         life::CASES,
         cores::CASES,
+        programs::CASES,
         bad_input::CASES,
         agent::CASES,
         view::CASES,

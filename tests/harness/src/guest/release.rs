@@ -20,6 +20,12 @@ pub struct Release {
     pub programs: &'static [&'static str],
 }
 
+impl Release {
+    pub fn has_programs(&self) -> bool {
+        !self.programs.is_empty()
+    }
+}
+
 const PROGRAMS: &[&str] = &[
     "nginx",
     "nodejs",

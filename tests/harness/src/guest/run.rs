@@ -103,7 +103,7 @@ impl Selection {
                 .iter()
                 .filter(wanted)
                 .filter(possible)
-                .filter(|case| case.needs.met_by(guest.kind))
+                .filter(|case| case.needs.met_by(guest))
                 .map(|case| case.name)
                 .collect()
         };
