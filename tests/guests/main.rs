@@ -14,6 +14,7 @@ mod jobs;
 mod leaks;
 mod life;
 mod nomad;
+mod programs;
 mod recovery;
 mod run;
 mod run_job;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         jobs::CASES,
         life::CASES,
         cores::CASES,
+        programs::CASES,
         bad_input::CASES,
         hostile::CASES,
         compat::CASES,

@@ -30,6 +30,12 @@ const PACKAGES: &[&str] = &[
 /// Runs inside the tree after the packages; part of the cache key.
 const SETUP: &str = include_str!("setup.sh");
 
+/// Runs before that where there are programs; part of the key too.
+const PROGRAMS: &str = include_str!("programs.sh");
+
+/// Debian would make a database cluster while it installs PostgreSQL.
+const NO_CLUSTER: &str = "create_main_cluster = false\n";
+
 /// The initial ramdisk needs the way to the disk and nothing else; under emulation every module costs boot time.
 const INITRD_CONF: &str = "MODULES=list\n";
 const INITRD_MODULES: &str = "virtio_pci\nvirtio_blk\next4\n";
@@ -69,15 +75,19 @@ impl Built {
 }
 
 pub fn root(release: &Release) -> Result<Built> {
-    let packages = PACKAGES.join(",");
-    let key = cache::key(&[
+    let packages = [PACKAGES, release.programs].concat().join(",");
+    let mut parts = vec![
         release.codename,
         &packages,
         SETUP,
         INITRD_CONF,
         INITRD_MODULES,
         DISK_SIZE,
-    ]);
+    ];
+    if !release.programs.is_empty() {
+        parts.extend([PROGRAMS, NO_CLUSTER]);
+    }
+    let key = cache::key(&parts);
     let dir = cache::entry(&cache::dir()?, release.codename, &key, |dir| {
         if !nix::unistd::geteuid().is_root() {
             bail!("building a guest needs root: run `make test` as root");
@@ -120,6 +130,19 @@ fn install(release: &Release, packages: &str, mirror: &str, dir: &Path) -> Resul
     command.arg("--essential-hook=mkdir -p \"$1\"/etc/initramfs-tools/conf.d");
     command.arg("--essential-hook=copy-in initrd.conf /etc/initramfs-tools/conf.d");
     command.arg("--essential-hook=upload initrd.modules /etc/initramfs-tools/modules");
+    if !release.programs.is_empty() {
+        fs::write(dir.join("createcluster.conf"), NO_CLUSTER)?;
+        fs::write(dir.join("programs.sh"), PROGRAMS)?;
+        command.arg("--essential-hook=mkdir -p \"$1\"/etc/postgresql-common");
+        command.arg("--essential-hook=copy-in createcluster.conf /etc/postgresql-common");
+        command.arg("--customize-hook=upload programs.sh /programs.sh");
+        command.arg(format!(
+            "--customize-hook=chroot \"$1\" sh /programs.sh {} {}",
+            child::quote(mirror),
+            release.codename
+        ));
+        command.arg("--customize-hook=rm \"$1\"/programs.sh");
+    }
     command.arg("--customize-hook=upload setup.sh /setup.sh");
     command.arg(format!(
         "--customize-hook=chroot \"$1\" sh /setup.sh {}",

@@ -13,15 +13,18 @@ pub enum Needs {
     Speed,
     /// Memory, cpu and io controllers, OOM kills, a reboot: machines.
     Limits,
+    /// Real programs, at native speed: containers of the release that has them.
+    Programs,
     /// Differs between the two, or is too important to see only once.
     Both,
 }
 
 impl Needs {
-    pub fn met_by(self, kind: Kind) -> bool {
+    pub fn met_by(self, guest: GuestName) -> bool {
         match self {
-            Needs::Speed => kind == Kind::Nspawn,
-            Needs::Limits => kind == Kind::Qemu,
+            Needs::Speed => guest.kind == Kind::Nspawn,
+            Needs::Programs => guest.kind == Kind::Nspawn && guest.release.has_programs(),
+            Needs::Limits => guest.kind == Kind::Qemu,
             Needs::Both => true,
         }
     }

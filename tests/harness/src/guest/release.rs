@@ -16,21 +16,42 @@ pub enum Tier {
 pub struct Release {
     pub codename: &'static str,
     pub tier: Tier,
+    /// Real programs that cases run as jobs. One release has them: they make it four times as large.
+    pub programs: &'static [&'static str],
 }
+
+impl Release {
+    pub fn has_programs(&self) -> bool {
+        !self.programs.is_empty()
+    }
+}
+
+const PROGRAMS: &[&str] = &[
+    "nginx",
+    "nodejs",
+    "openjdk-21-jdk-headless",
+    "postgresql",
+    "python3",
+    "redis-server",
+    "redis-tools",
+];
 
 /// trixie is the default; bookworm the floor (systemd 252, Landlock ABI 2); sid the newest there is.
 pub const RELEASES: &[Release] = &[
     Release {
         codename: "trixie",
         tier: Tier::Test,
+        programs: PROGRAMS,
     },
     Release {
         codename: "bookworm",
         tier: Tier::Test,
+        programs: &[],
     },
     Release {
         codename: "sid",
         tier: Tier::Matrix,
+        programs: &[],
     },
 ];
 

@@ -118,7 +118,7 @@ impl Selection {
         let for_guest = |guest: GuestName| -> Vec<String> {
             cases
                 .iter()
-                .filter(|case| case.needs.met_by(guest.kind))
+                .filter(|case| case.needs.met_by(guest))
                 .flat_map(runs)
                 .filter(wanted)
                 .collect()
