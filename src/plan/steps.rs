@@ -128,7 +128,7 @@ impl Step {
             Step::User => "user",
             Step::Keyring => "session keyring",
             Step::Ambient => "ambient capabilities",
-            Step::WorkDir => "working directory",
+            Step::WorkDir => "work_dir",
             Step::Rules => "unveil",
             Step::Restrict => "Landlock",
             Step::Signals => "signals and limits",

@@ -315,7 +315,7 @@ fn a_task_starts_where_work_dir_says(context: &Context) -> Result<()> {
         for (work_dir, sentence) in [
             (
                 "local/nope",
-                "working directory local/nope: no such file or directory",
+                "work_dir local/nope: no such file or directory",
             ),
             ("../..", "work_dir = \"../..\" leaves the task's directory"),
         ] {
