@@ -123,6 +123,8 @@ fn install(release: &Release, packages: &str, mirror: &str, dir: &Path) -> Resul
         .current_dir(dir)
         .args(["--mode=root", "--variant=minbase", "--format=directory"]);
     command.arg(format!("--include={packages}"));
+    // A mirror may lag behind by more than sid's index is valid for.
+    command.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
     for option in proxy_options() {
         command.arg(format!("--aptopt={option}"));
     }
