@@ -96,8 +96,9 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
 }
 
 /// What happens inside the scope.
-fn enter(control: OwnedFd, (prepared, page): (Prepared, SharedPage)) -> ! {
+fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
     let forked = cgroup::confine().and_then(|memory| {
+        stdio::join_journal(&prepared.order, &mut prepared.stdio)?;
         let (supervisor, task) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -125,13 +126,14 @@ fn enter(control: OwnedFd, (prepared, page): (Prepared, SharedPage)) -> ! {
                 command,
             } = prepared;
             // What is not dropped here stays open, and in memory, for as long as the task runs.
-            drop((task, order, root, stdio, command));
+            drop((task, order, root, command));
             let watch = Watch {
                 child,
                 channel: supervisor,
                 host_proc,
                 memory,
                 page,
+                _log_readers: stdio.into_readers(),
             };
             supervise::run(control, watch)
         }

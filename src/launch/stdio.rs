@@ -7,6 +7,10 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchown, fstat};
 use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
+    socket_with,
+};
 
 use super::OUTPUT;
 use super::place::{open_host, open_without_links};
@@ -21,8 +25,11 @@ const READER_POLL: Duration = Duration::from_millis(5);
 /// Where one output of the task goes.
 #[derive(Debug)]
 pub(super) enum Output {
-    /// A pipe whose reader is there, owned by the task's user.
-    Fifo(OwnedFd),
+    /// A pipe whose reader is there, owned by the task's user; and a reader of ours, who never reads.
+    Fifo {
+        pipe: OwnedFd,
+        reader: OwnedFd,
+    },
     Given(OwnedFd),
     Null,
 }
@@ -37,7 +44,8 @@ pub(super) struct Standard {
 /// Opens what lies on the host, before the view changes what paths mean.
 pub(super) fn open(order: &Order) -> Result<[Output; 2], Failure> {
     match &order.stdio {
-        Stdio::Null => Ok([Output::Null, Output::Null]),
+        // Of the journal later, inside the scope.
+        Stdio::Null | Stdio::Journal { .. } => Ok([Output::Null, Output::Null]),
         Stdio::Given => Ok([given(0, order)?, given(1, order)?]),
         Stdio::Fifos { stdout, stderr } => Ok([fifo(stdout, order)?, fifo(stderr, order)?]),
     }
@@ -48,6 +56,52 @@ pub(super) fn in_view(outputs: [Output; 2]) -> Result<Standard, Failure> {
     let input = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .at_path(Step::View, "/dev/null")?;
     Ok(Standard { input, outputs })
+}
+
+/// Where journald takes the output of services, one stream for each.
+const JOURNAL: &str = "/run/systemd/journal/stdout";
+
+/// To be called inside the scope: journald asks the kernel which cgroup its peer is in. Without a journal there is none to
+/// write to, and the job asked for no logs.
+pub(super) fn join_journal(order: &Order, standard: &mut Standard) -> Result<(), Failure> {
+    let Stdio::Journal { unit, identifier } = &order.stdio else {
+        return Ok(());
+    };
+    for (output, priority) in standard.outputs.iter_mut().zip(PRIORITIES) {
+        match journal(unit, identifier, priority) {
+            Ok(stream) => *output = Output::Given(stream),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::CONNREFUSED) => {}
+            Err(errno) => return Err(errno).at_path(Step::Journal, JOURNAL),
+        }
+    }
+    Ok(())
+}
+
+/// syslog(3)'s LOG_INFO and LOG_WARNING, for stdout and stderr; a line that begins with `<n>` says its own.
+const PRIORITIES: [u8; 2] = [6, 4];
+
+fn journal(unit: &str, identifier: &str, priority: u8) -> Result<OwnedFd, Errno> {
+    let stream = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+        None,
+    )?;
+    let deadline = Instant::now() + READER_PATIENCE;
+    loop {
+        match connect(&stream, &SocketAddrUnix::new(JOURNAL)?) {
+            // Its queue is full.
+            Err(Errno::AGAIN) if Instant::now() < deadline => sleep(READER_POLL),
+            result => break result?,
+        }
+    }
+    // The header of the stream protocol: identifier, unit, priority, whether lines may begin with one, and whether to forward
+    // to syslog, kmsg and the console.
+    let header = format!("{identifier}\n{unit}\n{priority}\n1\n0\n0\n0\n");
+    rustix::io::write(&stream, header.as_bytes())?;
+    shutdown(&stream, Shutdown::Read)?;
+    rustix::fs::fcntl_setfl(&stream, OFlags::RDWR)?;
+    Ok(stream)
 }
 
 /// A pipe or a socket: the descriptor of a file leads past the read-only view, and root could change the file through it.
@@ -98,7 +152,10 @@ fn fifo(path: &Path, order: &Order) -> Result<Output, Failure> {
     let pipe = open_writer(&found, path)?;
     give_to_user(&pipe, order).at_path(Step::Open, path)?;
     rustix::fs::fcntl_setfl(&pipe, OFlags::WRONLY).at_path(Step::Open, path)?;
-    Ok(Output::Fifo(pipe))
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let reader = rustix::fs::open(itself(&found), flags, Mode::empty());
+    let reader = reader.at_path(Step::Open, path)?;
+    Ok(Output::Fifo { pipe, reader })
 }
 
 /// The task reopens its output as /dev/stdout, with its own rights.
@@ -123,11 +180,10 @@ fn open_log(path: &Path) -> Result<OwnedFd, Errno> {
 
 /// Opens the FIFO that was examined, whatever is at its path by now. A blocking open would wait for a reader for ever.
 fn open_writer(found: &OwnedFd, path: &Path) -> Result<OwnedFd, Failure> {
-    let itself = format!("/proc/self/fd/{}", found.as_raw_fd());
     let deadline = Instant::now() + READER_PATIENCE;
     loop {
         match rustix::fs::open(
-            &itself,
+            itself(found),
             OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
             Mode::empty(),
         ) {
@@ -145,11 +201,15 @@ fn open_writer(found: &OwnedFd, path: &Path) -> Result<OwnedFd, Failure> {
     }
 }
 
+fn itself(found: &OwnedFd) -> String {
+    format!("/proc/self/fd/{}", found.as_raw_fd())
+}
+
 impl Standard {
     /// Puts them in place, in the process that will be the task.
     pub fn install(&self) -> Result<(), Failure> {
         let output = |index: usize| match &self.outputs[index] {
-            Output::Fifo(pipe) | Output::Given(pipe) => pipe,
+            Output::Fifo { pipe, .. } | Output::Given(pipe) => pipe,
             Output::Null => &self.input,
         };
         nix::unistd::dup2_stdin(&self.input).at(Step::Signals)?;
@@ -157,10 +217,19 @@ impl Standard {
         nix::unistd::dup2_stderr(output(1)).at(Step::Signals)
     }
 
+    /// For the supervisor to hold: as long as there is a reader, a task whose log collector dies gets no SIGPIPE.
+    pub fn into_readers(self) -> Vec<OwnedFd> {
+        let reader = |output| match output {
+            Output::Fifo { reader, .. } => Some(reader),
+            Output::Given(_) | Output::Null => None,
+        };
+        self.outputs.into_iter().filter_map(reader).collect()
+    }
+
     /// The log pipes, which the task may reopen.
     pub fn fifos(&self) -> impl Iterator<Item = &OwnedFd> {
         self.outputs.iter().filter_map(|output| match output {
-            Output::Fifo(pipe) => Some(pipe),
+            Output::Fifo { pipe, .. } => Some(pipe),
             Output::Given(_) | Output::Null => None,
         })
     }

@@ -31,6 +31,8 @@ pub(super) struct Watch {
     pub host_proc: OwnedFd,
     pub memory: Memory,
     pub page: SharedPage,
+    /// Held, so that the task's log pipes always have a reader.
+    pub _log_readers: Vec<OwnedFd>,
 }
 
 pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {

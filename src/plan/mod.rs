@@ -135,6 +135,7 @@ impl Plan {
         } else {
             unit::RESERVE_SLICE
         };
+        let unit = UnitName::of_task(request.id.as_str());
         let order = Order {
             command: command(options)?,
             args: args(options)?,
@@ -146,7 +147,7 @@ impl Plan {
             bounding: capabilities.bounding,
             ambient: capabilities.ambient,
             network_namespace: network_namespace(request)?,
-            stdio: stdio(&request.stdout_path, &request.stderr_path),
+            stdio: stdio(request, &unit),
             task_dir: facts.task_dir.clone(),
             view: unveil::view(&rules, uid),
             binds: volumes.binds,
@@ -155,7 +156,7 @@ impl Plan {
             open_files: facts.open_files,
         };
         Ok(Self {
-            unit: UnitName::of_task(request.id.as_str()),
+            unit,
             description: unit::description(&request.names),
             slice,
             before: facts.agent_unit.clone(),
@@ -280,10 +281,14 @@ fn oom_score_adj(options: &TaskOptions) -> Result<i16, PlanError> {
 }
 
 /// Nomad names /dev/null for a task whose logs are disabled.
-fn stdio(stdout: &Path, stderr: &Path) -> Stdio {
+fn stdio(request: &TaskRequest, unit: &UnitName) -> Stdio {
     let null = |path: &Path| path == Path::new("") || path == Path::new("/dev/null");
+    let (stdout, stderr) = (&request.stdout_path, &request.stderr_path);
     if null(stdout) && null(stderr) {
-        return Stdio::Null;
+        return Stdio::Journal {
+            unit: unit.to_string(),
+            identifier: UnitText::new(&request.names.task).to_string(),
+        };
     }
     Stdio::Fifos {
         stdout: stdout.into(),
@@ -393,6 +398,19 @@ mod tests {
         assert_eq!(of("LD_PRELOAD"), None);
         assert_eq!(order.open_files, (1024, 4096));
         assert!(matches!(order.stdio, Stdio::Fifos { .. }));
+    }
+
+    #[test]
+    fn a_task_without_logs_writes_to_the_journal() {
+        let mut request = request();
+        request.stdout_path = "/dev/null".into();
+        request.stderr_path = "/dev/null".into();
+        request.names.task = "we\nb".into();
+        let expected = Stdio::Journal {
+            unit: "exec2-web-0a1b2c3d-deadbeef.scope".into(),
+            identifier: "we<U+000A>b".into(),
+        };
+        assert_eq!(plan(&request).unwrap().order.stdio, expected);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 /// The steps of a task's start, in the order in which they happen. Steps 1 to 3 are the plugin's; 4 to 9 are the
-/// helper's while it is still charged to the plugin; from 10 on it is inside the scope; from 12 on it is the task.
+/// helper's while it is still charged to the plugin; from 10 on it is inside the scope; from 13 on it is the task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
     Plan,
@@ -20,6 +20,7 @@ pub enum Step {
     View,
     Release,
     Cgroup,
+    Journal,
     Fork,
     Session,
     OomScore,
@@ -37,7 +38,7 @@ pub enum Step {
 
 impl Step {
     /// Every step with what it does, in order: the list that the README quotes.
-    pub const ALL: [(Step, &'static str); 23] = [
+    pub const ALL: [(Step, &'static str); 24] = [
         (
             Step::Plan,
             "decide everything that will happen, from the job, the plugin's configuration and facts of the host",
@@ -68,6 +69,10 @@ impl Step {
         (
             Step::Cgroup,
             "leave the host's cgroup namespace: /sys/fs/cgroup is the scope's own directory, read-only",
+        ),
+        (
+            Step::Journal,
+            "connect to the journal, if the job's logs are disabled: what connects inside the scope is logged as the scope's",
         ),
         (
             Step::Fork,
@@ -120,6 +125,7 @@ impl Step {
             Step::View => "mount view",
             Step::Release => "release",
             Step::Cgroup => "cgroup view",
+            Step::Journal => "journal",
             Step::Fork => "fork",
             Step::Session => "session",
             Step::OomScore => "oom_score_adj",
@@ -188,6 +194,12 @@ pub enum Stdio {
     Fifos { stdout: PathBuf, stderr: PathBuf },
     /// Descriptors that were handed to the helper at its start.
     Given,
+    /// The journal, as lines of this unit.
+    Journal {
+        unit: String,
+        /// SYSLOG_IDENTIFIER; of one line.
+        identifier: String,
+    },
     /// Nowhere.
     Null,
 }

@@ -12,7 +12,8 @@ use crate::nomad::{Job, Scope, agent, said, to_end, until};
 
 pub const CASES: &[Case] = &[
     case!(Both, Ours, an_exit_is_reported_as_it_was),
-    case!(Speed, Ours, a_task_without_logs_runs),
+    case!(Both, Ours, a_task_without_logs_writes_to_the_journal),
+    case!(Both, Ours, a_task_survives_a_dead_log_collector),
     case!(Both, Ours, a_stop_leaves_nothing),
     case!(Both, Ours, a_stop_ends_what_the_task_has_scattered),
     case!(Both, Ours, a_natural_end_leaves_nothing),
@@ -60,16 +61,53 @@ fn an_exit_is_reported_as_it_was(context: &Context) -> Result<()> {
     })
 }
 
-fn a_task_without_logs_runs(context: &Context) -> Result<()> {
+fn a_task_without_logs_writes_to_the_journal(context: &Context) -> Result<()> {
     context.block_on(async {
         let agent = agent(context).await?;
-        let job =
-            Job::shell("echo heard by nobody; test \"$(readlink /proc/$$/fd/1)\" = /dev/null")
-                .unveil(&["r:/proc"])
-                .task("logs {\n disabled = true\n }");
+        let job = Job::shell("echo one; echo two >&2; echo '<3>three'; exit 4")
+            .task("logs {\n disabled = true\n }");
         let alloc = agent.run(&job.text()).await?;
-        let exit = alloc.only_task()?.wait().await?;
-        ensure!(exit.success(), "{exit:?}");
+        let task = alloc.only_task()?;
+        let unit = Scope::of_id(&task.id())?.unit;
+        let exit = task.wait().await?;
+        ensure!((exit.code, &*exit.message) == (4, ""), "{exit:?}");
+        alloc.stop().await?;
+        said("journalctl", &["--sync"])?;
+        let lines = said("journalctl", &["-u", &unit, "-t", "t", "-o", "json"])?;
+        let mut seen = Vec::new();
+        for line in lines.lines() {
+            let entry: serde_json::Value = serde_json::from_str(line)?;
+            let field = |name: &str| entry[name].as_str().unwrap_or_default().to_owned();
+            ensure!(field("_SYSTEMD_UNIT") == unit, "{line}");
+            seen.push((field("MESSAGE"), field("PRIORITY")));
+        }
+        seen.sort();
+        let pair = |text: &str, priority: &str| (text.to_owned(), priority.to_owned());
+        let expected = [pair("one", "6"), pair("three", "3"), pair("two", "4")];
+        ensure!(seen == expected, "{seen:?}");
+        agent.finish().await
+    })
+}
+
+/// Nomad's log collector is a process of its own, and may die. The agent makes a new one when it is started again.
+fn a_task_survives_a_dead_log_collector(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let job = Job::shell(
+            "trap 'exit 5' TERM; for i in $(seq 2000); do echo line $i; [ $i != 3 ] || touch local/up; sleep 0.02; done",
+        );
+        let alloc = agent.run(&job.text()).await?;
+        let task = alloc.only_task()?;
+        let main = Scope::of(task)?.main()?;
+        let up = task.paths().local.join("up");
+        until("the task writes", || up.exists().then_some(())).await?;
+        task.kill_collectors();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        ensure!(task.exit().is_none(), "it went with its log: {:?}", task.exit());
+        said("kill", &["-TERM", &main.to_string()])?;
+        let exit = task.wait().await?;
+        ensure!((exit.code, exit.signal) == (5, 0), "{exit:?}");
+        alloc.stop().await?;
         agent.finish().await
     })
 }

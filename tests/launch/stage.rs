@@ -464,7 +464,8 @@ fn bind(source: &Path, target: &Path) {
     mount(Some(source), target, None::<&str>, flags, None::<&str>).unwrap();
 }
 
-fn reader(path: &Path) -> File {
+/// Of a FIFO; it does not wait for a writer.
+pub fn reader(path: &Path) -> File {
     OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_NONBLOCK)

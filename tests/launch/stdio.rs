@@ -1,7 +1,7 @@
 //! Where the task's output goes, and which log pipes are refused.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, chown, symlink};
 use std::path::Path;
@@ -9,8 +9,9 @@ use std::path::Path;
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use nomad_driver_exec2::plan::steps::{Order, Place, Stdio};
+use rustix::process::Signal;
 
-use crate::stage::{DYNAMIC, Stage, USERS};
+use crate::stage::{DYNAMIC, Stage, USERS, reader};
 
 #[test]
 fn a_task_reopens_its_outputs() {
@@ -207,4 +208,89 @@ fn all_of(pipe: OwnedFd) -> String {
     let mut text = String::new();
     File::from(pipe).read_to_string(&mut text).unwrap();
     text
+}
+
+#[test]
+fn the_journal_takes_what_a_task_without_logs_prints() {
+    let stage = Stage::new();
+    let journal = Journal::new();
+    let script = "[ -S /proc/self/fd/1 ] && echo to stdout; echo to stderr >&2";
+    let order = Order {
+        stdio: Stdio::Journal {
+            unit: "exec2-web.scope".into(),
+            identifier: "web".into(),
+        },
+        ..stage.script(script)
+    };
+    stage.run(&order);
+    let header = |priority| format!("web\nexec2-web.scope\n{priority}\n1\n0\n0\n0\n");
+    assert_eq!(journal.next(), header(6) + "to stdout\n");
+    assert_eq!(journal.next(), header(4) + "to stderr\n");
+}
+
+#[test]
+fn without_a_journal_a_task_without_logs_runs() {
+    let stage = Stage::new();
+    let order = Order {
+        stdio: Stdio::Journal {
+            unit: "exec2-web.scope".into(),
+            identifier: "web".into(),
+        },
+        ..stage.script("[ /proc/self/fd/1 -ef /dev/null ] && exit 3")
+    };
+    drop(Journal::new());
+    assert_eq!(stage.run(&order).exit.code, 3);
+}
+
+/// A journal for this thread and its tasks: /run is another one.
+struct Journal(std::os::unix::net::UnixListener);
+
+impl Journal {
+    fn new() -> Journal {
+        let kind = Some("tmpfs");
+        nix::mount::mount(
+            kind,
+            "/run",
+            kind,
+            nix::mount::MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
+        fs::create_dir_all("/run/systemd/journal").unwrap();
+        Journal(std::os::unix::net::UnixListener::bind("/run/systemd/journal/stdout").unwrap())
+    }
+
+    /// All that came by the next stream.
+    fn next(&self) -> String {
+        let mut text = String::new();
+        let (mut stream, _) = self.0.accept().unwrap();
+        Read::read_to_string(&mut stream, &mut text).unwrap();
+        text
+    }
+}
+
+/// What is not read waits in the pipe for the next reader.
+#[test]
+fn a_log_collector_that_dies_takes_no_task_with_it() {
+    let stage = Stage::new();
+    let mut gate = stage.gate();
+    // With readers of this test's alone.
+    let collectors = ["stdout", "stderr"].map(|name| {
+        let path = stage.fifo(name);
+        fs::remove_file(&path).unwrap();
+        mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+        reader(&path)
+    });
+    let script = "read _ <local/gate; echo unread; trap 'exit 6' TERM; touch local/up; while :; do sleep 0.01; done";
+    let task = stage.start(&stage.script(script)).unwrap();
+    drop(collectors);
+    gate.write_all(b"go\n").unwrap();
+    while !stage.task_dir.join("local/up").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let mut buffer = [0; 64];
+    let length = reader(&stage.fifo("stdout")).read(&mut buffer).unwrap();
+    assert_eq!(&buffer[..length], b"unread\n");
+    task.signal(Signal::TERM);
+    assert_eq!(task.end().exit.code, 6);
 }

@@ -2,9 +2,11 @@
 //! it. Rotation is left out.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +21,7 @@ const END_WAIT: Duration = Duration::from_secs(5);
 pub(super) struct Logmon {
     fifo: PathBuf,
     done: watch::Receiver<bool>,
+    killed: Arc<AtomicBool>,
 }
 
 impl Logmon {
@@ -27,16 +30,30 @@ impl Logmon {
         let mut log = OpenOptions::new().append(true).create(true).open(log)?;
         let (finished, done) = watch::channel(false);
         let path = fifo.to_owned();
+        let killed = Arc::new(AtomicBool::new(false));
+        let is_killed = killed.clone();
         thread::spawn(move || {
             if let Ok(mut fifo) = File::open(path) {
-                let _ = io::copy(&mut fifo, &mut log);
+                let mut buffer = [0; 4096];
+                while let Ok(length @ 1..) = fifo.read(&mut buffer) {
+                    let _ = log.write_all(&buffer[..length]);
+                    if is_killed.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
             }
             finished.send_replace(true);
         });
         Ok(Logmon {
             fifo: fifo.to_owned(),
             done,
+            killed,
         })
+    }
+
+    /// Ends it, whoever still writes: after the next thing it reads.
+    pub fn kill(&self) {
+        self.killed.store(true, Ordering::Relaxed);
     }
 
     /// Waits until the last writer has closed the FIFO; says whether it has.

@@ -131,6 +131,11 @@ impl Task {
         self.0.exit.borrow().clone()
     }
 
+    /// Ends its log collectors while it runs.
+    pub fn kill_collectors(&self) {
+        self.state().logmons.iter().for_each(Logmon::kill);
+    }
+
     /// Every sample so far, one a second.
     pub fn stats(&self) -> Vec<TaskStats> {
         self.0
