@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::{Agent, Allocation};
 
@@ -18,12 +18,17 @@ pub const CASES: &[Case] = &[
     case!(Programs, Ours, nginx_serves_over_http),
     case!(Programs, Ours, node_serves_over_http),
     case!(Programs, Ours, redis_keeps_a_value),
+    case!(Programs, Ours, postgresql_answers_a_query),
+    case!(ProgramLimits, Ours, java_sizes_itself_by_the_tasks_limits),
+    case!(ProgramLimits, Ours, go_sizes_itself_by_the_tasks_cpus),
 ];
 
 const PYTHON: &str = include_str!("../nomad/python-http.nomad.hcl");
 const NGINX: &str = include_str!("../nomad/nginx.nomad.hcl");
 const NODE: &str = include_str!("../nomad/node.nomad.hcl");
 const REDIS: &str = include_str!("../nomad/redis.nomad.hcl");
+const POSTGRESQL: &str = include_str!("../nomad/postgresql.nomad.hcl");
+const GO: &str = include_str!("../nomad/go.nomad.hcl");
 const JAVA: &str = include_str!("../nomad/java.nomad.hcl");
 
 /// A program that does not do its work in this time is taken for one that cannot.
@@ -61,6 +66,46 @@ fn redis_keeps_a_value(context: &Context) -> Result<()> {
         let redis = |words: &[&str]| said("redis-cli", &[&["-p", "8003"], words].concat());
         redis(&["set", "key", "kept"])?;
         expect(&redis(&["get", "key"])?, "kept")
+    })
+}
+
+fn postgresql_answers_a_query(context: &Context) -> Result<()> {
+    works_with_no_less(context, POSTGRESQL, |_| {
+        let psql = "/usr/lib/postgresql/17/bin/psql";
+        let to = ["-h", "127.0.0.1", "-p", "8005", "-U", "postgres"];
+        let answer = said(psql, &[&to[..], &["-Atc", "select 6 * 7"]].concat())?;
+        expect(&answer, "42")
+    })
+}
+
+/// The task has half of the machine's CPU, and a part of its memory.
+fn java_sizes_itself_by_the_tasks_limits(context: &Context) -> Result<()> {
+    let printed = printed_by(context, JAVA, "java")?;
+    let number = |name: &str| -> Result<u64> {
+        let line = printed.lines().find_map(|line| line.strip_prefix(name));
+        Ok(line.context("a line")?.trim().parse()?)
+    };
+    ensure!(number("processors")? == 1, "{printed}");
+    // By default a quarter of what there is: of 512 MiB.
+    ensure!((100..=128).contains(&number("heap MiB")?), "{printed}");
+    Ok(())
+}
+
+fn go_sizes_itself_by_the_tasks_cpus(context: &Context) -> Result<()> {
+    let printed = printed_by(context, GO, "go")?;
+    expect(&printed, "GOMAXPROCS 1 of 1")
+}
+
+fn printed_by(context: &Context, job: &str, task: &str) -> Result<String> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let alloc = agent.run(job).await?;
+        let exit = alloc.only_task()?.wait().await?;
+        alloc.stop().await?;
+        let printed = alloc.stdout(task)? + &alloc.stderr(task)?;
+        ensure!(exit.success(), "{exit:?}: {printed}");
+        agent.finish().await?;
+        Ok(printed)
     })
 }
 

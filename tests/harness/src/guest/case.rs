@@ -15,6 +15,8 @@ pub enum Needs {
     Limits,
     /// Real programs, at native speed: containers of the release that has them.
     Programs,
+    /// Real programs that look at their limits: machines of that release.
+    ProgramLimits,
     /// Differs between the two, or is too important to see only once.
     Both,
 }
@@ -24,6 +26,7 @@ impl Needs {
         match self {
             Needs::Speed => guest.kind == Kind::Nspawn,
             Needs::Programs => guest.kind == Kind::Nspawn && guest.release.has_programs(),
+            Needs::ProgramLimits => guest.kind == Kind::Qemu && guest.release.has_programs(),
             Needs::Limits => guest.kind == Kind::Qemu,
             Needs::Both => true,
         }
