@@ -7,6 +7,7 @@ mod bad_input;
 mod compat;
 mod cores;
 mod dbus;
+mod examples;
 mod fitness;
 mod ground;
 mod hostile;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         jobs::CASES,
         life::CASES,
         cores::CASES,
+        examples::CASES,
         programs::CASES,
         bad_input::CASES,
         hostile::CASES,

@@ -44,6 +44,8 @@ pub struct Config {
     pub core_mhz: u64,
     /// `client.reserved.cores`: not for tasks.
     pub reserved_cores: Vec<u32>,
+    /// `host_volume` blocks of the client: name and path.
+    pub host_volumes: Vec<(String, PathBuf)>,
 }
 
 impl Default for Config {
@@ -60,6 +62,7 @@ impl Default for Config {
             base: "/opt".into(),
             core_mhz: 1000,
             reserved_cores: Vec::new(),
+            host_volumes: Vec::new(),
         }
     }
 }

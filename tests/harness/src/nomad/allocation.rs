@@ -12,10 +12,11 @@ use nomad_driver_exec2::job::request::{Request, new_alloc_id};
 use nomad_driver_exec2::job::{self, Group, Job, Logs, template};
 
 use super::agent::Shared;
+use super::network::{Namespace, Network};
 use super::proto::driver::driver_capabilities::FsIsolation;
 use super::proto::driver::{
     AllocatedCpuResources, AllocatedMemoryResources, AllocatedTaskResources, CapabilitiesRequest,
-    LinuxResources, Resources, TaskConfig, TaskConfigSchemaRequest,
+    LinuxResources, Mount, Resources, TaskConfig, TaskConfigSchemaRequest,
 };
 use super::proto::hclspec::Spec;
 use super::task::{Parts, Task};
@@ -31,6 +32,7 @@ pub(super) struct Inner {
     agent: std::sync::Weak<Shared>,
     tasks: Vec<Task>,
     cgroups: Vec<(String, PathBuf)>,
+    namespace: Mutex<Option<Namespace>>,
     dir: Mutex<Option<AllocDir>>,
     /// The log files by name, kept when the directory goes.
     logs: Mutex<BTreeMap<String, String>>,
@@ -43,20 +45,33 @@ impl Allocation {
         change: &impl Fn(&mut TaskConfig),
     ) -> Result<Self> {
         let job = job::parse(text, &[])?;
-        let missing = |entry: &&job::Unsupported| entry.effect == job::Effect::Missing;
+        let bridged = |entry: &job::Unsupported| entry.message.contains("network mode `bridge`");
+        let missing =
+            |entry: &&job::Unsupported| entry.effect == job::Effect::Missing && !bridged(entry);
         if let Some(entry) = job.unsupported.iter().find(missing) {
             bail!("{entry}");
         }
         let [group] = job.groups.as_slice() else {
             bail!("job {} has more than one group", job.id);
         };
-        let is_plain = |task: &job::Task| task.volume_mounts.is_empty() && task.lifecycle.is_none();
-        ensure!(
-            group.ports.is_empty() && group.tasks.iter().all(is_plain),
-            "group {} has ports, volumes or a lifecycle, which this client does not give",
-            group.name
-        );
-        let allocation = Allocation::place(agent, &job, group, change).await?;
+        let mut group = group.clone();
+        for task in &group.tasks {
+            ensure!(
+                hook(task) != Some("poststop"),
+                "this client runs no poststop task"
+            );
+        }
+        // Each is started when the ones before it are; a prestart task that must end first is not waited for.
+        group.tasks.sort_by_key(|task| match hook(task) {
+            Some("prestart") => 0,
+            None => 1,
+            _ => 2,
+        });
+        let network = match job.unsupported.iter().any(bridged) {
+            true => Network::Own,
+            false => Network::Host,
+        };
+        let allocation = Allocation::place(agent, &job, &group, network, change).await?;
         let known = Arc::downgrade(&allocation.0);
         agent
             .allocations
@@ -84,6 +99,7 @@ impl Allocation {
         agent: &Arc<Shared>,
         job: &Job,
         group: &Group,
+        network: Network,
         change: &impl Fn(&mut TaskConfig),
     ) -> Result<Self> {
         let spec = task_schema(agent).await?;
@@ -93,6 +109,14 @@ impl Allocation {
         };
         let id = new_alloc_id();
         let mut dir = AllocDir::create(&roots, &id)?;
+        let namespace = match network {
+            Network::Host => None,
+            Network::Own => Some(Namespace::new(&id)?),
+        };
+        let node = Node {
+            ports: group.ports.iter().zip(FIRST_PORT..).map(port).collect(),
+            ..Node::default()
+        };
         let node_mhz = (agent.config.core_mhz * agent.cgroups.online().len() as u64) as f64;
         let (mut tasks, mut cgroups) = (Vec::new(), Vec::new());
         let host: Vec<_> = std::env::vars()
@@ -121,7 +145,7 @@ impl Allocation {
                 cpu_mhz,
                 cpuset: &cpuset,
                 paths: &paths,
-                node: &Node::default(),
+                node: &node,
             };
             let templates = template::write(&placed)?;
             let request = Request::new(
@@ -143,6 +167,8 @@ impl Allocation {
                 let cgroup = cgroup.to_string_lossy().into_owned();
                 task_config(&request, driver_config, cgroup, cpu_mhz as f64 / node_mhz)
             };
+            config.mounts = mounts(&request.mounts, &agent.config.host_volumes)?;
+            config.network_isolation_spec = namespace.as_ref().map(Namespace::spec);
             change(&mut config);
             agent.config.version.word(&mut config)?;
             tasks.push(Task::new(
@@ -161,6 +187,7 @@ impl Allocation {
             agent: Arc::downgrade(agent),
             tasks,
             cgroups,
+            namespace: Mutex::new(namespace),
             dir: Mutex::new(Some(dir)),
             logs: Mutex::default(),
         })))
@@ -227,6 +254,11 @@ impl Allocation {
                 agent.cgroups.remove(key, path);
             }
         }
+        self.0
+            .namespace
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         let Some(dir) = self
             .0
             .dir
@@ -248,6 +280,33 @@ impl Allocation {
         }
         Ok(dir.remove()?)
     }
+}
+
+fn hook(task: &job::Task) -> Option<&str> {
+    Some(task.lifecycle.as_ref()?.hook.as_str())
+}
+
+/// Nomad picks ports from here on where a job leaves the choice.
+const FIRST_PORT: u16 = 20_000;
+
+fn port((port, free): (&job::Port, u16)) -> (String, u16) {
+    (port.label.clone(), port.fixed.unwrap_or(free))
+}
+
+fn mounts(wanted: &[job::VolumeMount], given: &[(String, PathBuf)]) -> Result<Vec<Mount>> {
+    let mount = |mount: &job::VolumeMount| {
+        let given = given.iter().find(|(name, _)| *name == mount.volume);
+        let (_, path) = given.with_context(|| format!("no host volume {:?}", mount.volume))?;
+        Ok(Mount {
+            task_path: mount.destination.clone(),
+            host_path: path.to_string_lossy().into_owned(),
+            readonly: mount.access == job::Access::ReadOnly,
+            propagation_mode: mount.propagation.clone(),
+            selinux_label: mount.selinux_label.clone(),
+            ..Mount::default()
+        })
+    };
+    wanted.iter().map(mount).collect()
 }
 
 fn read_log(path: &std::path::Path) -> Result<String> {

@@ -24,6 +24,7 @@ mod hclog;
 mod launch;
 mod logmon;
 mod msgpack;
+mod network;
 mod process;
 pub mod real;
 pub mod record;
