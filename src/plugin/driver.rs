@@ -136,8 +136,7 @@ impl<T: Tasks> wire::driver_server::Driver for Driver<T> {
                 NetworkIsolationMode::Group.into(),
             ],
             must_create_network: false,
-            // A job with a volume is refused by Nomad rather than run without it.
-            mount_configs: MountConfigs::NoMounts.into(),
+            mount_configs: MountConfigs::UnknownMounts.into(),
             disable_log_collection: false,
             dynamic_workload_users: true,
         };

@@ -1,6 +1,7 @@
 //! The same promises through a real Nomad agent, where there is one: read from its API, from its log, and from the guest.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
@@ -20,11 +21,18 @@ pub const CASES: &[Case] = &[
         Agent,
         a_real_agents_reserved_core_is_its_tasks_alone
     ),
+    case!(Limits, Agent, a_real_agent_runs_the_examples),
 ];
 
 const ENV: &str = include_str!("../nomad/env.nomad.hcl");
 const EXIT7: &str = include_str!("../nomad/exit7.nomad.hcl");
 const SERVICE: &str = include_str!("../nomad/service.nomad.hcl");
+
+const VOLUMES: &str = include_str!("../nomad/volumes.nomad.hcl");
+const SIDECAR: &str = include_str!("../nomad/sidecar.nomad.hcl");
+const SECRET: &str = include_str!("../nomad/secret.nomad.hcl");
+const OVERSUBSCRIPTION: &str = include_str!("../nomad/oversubscription.nomad.hcl");
+const BRIDGE: &str = include_str!("../nomad/bridge.nomad.hcl");
 
 async fn agent(context: &Context) -> Result<RealAgent> {
     agent_with(context, 2_000).await
@@ -336,4 +344,94 @@ fn a_real_agents_reserved_core_is_its_tasks_alone(context: &Context) -> Result<(
         agent.collect().await?;
         agent.finish().await
     })
+}
+
+/// And what a job may ask for in its config: a working directory, a capability, its own name, the journal.
+fn a_real_agent_runs_the_examples(context: &Context) -> Result<()> {
+    let data = Path::new("/srv/data");
+    fs::create_dir_all(data)?;
+    fs::set_permissions(data, fs::Permissions::from_mode(0o777))?;
+    let done = context.block_on(async {
+        let agent = RealAgent::start(RealConfig {
+            plugin_config: "unveil_by_task = true\n allow_caps = [\"net_bind_service\"]".into(),
+            client: "host_volume \"data\" {\n path = \"/srv/data\"\n }".into(),
+            total_compute_mhz: Some(2_000),
+            ..RealConfig::new(context.agent(), context.driver())
+        })
+        .await?;
+        let printed = async |job: &str, task: &str| -> Result<String> {
+            let (id, status) = to_end(&agent, job).await?;
+            ensure!(
+                status == "complete",
+                "{:?}",
+                messages(&agent, &id, task).await?
+            );
+            agent.logs(&id, task, "stdout").await
+        };
+        ensure!(printed(VOLUMES, "count").await? == "1\n");
+        ensure!(fs::read_to_string(data.join("runs"))? == "run\n");
+        ensure!(printed(SECRET, "reader").await? == "tmpfs\n28\n");
+        let limits = printed(OVERSUBSCRIPTION, "limits").await?;
+        ensure!(
+            limits == format!("{}\n{}\n", 32 << 20, 64 << 20),
+            "{limits}"
+        );
+        let job = Job::shell("pwd; id -un; grep CapEff /proc/self/status | cut -f2")
+            .unveil(&["r:/etc/passwd"])
+            .config("work_dir = \"${NOMAD_TASK_DIR}\"")
+            .config("cap_add = [\"CAP_NET_BIND_SERVICE\"]");
+        let seen = printed(&job.text(), "t").await?;
+        let lines: Vec<&str> = seen.lines().collect();
+        ensure!(
+            lines[0].ends_with("/local")
+                && lines[1].starts_with("nomad-8")
+                && lines[2] == "0000000000000400",
+            "{seen}"
+        );
+        let job = Job::shell("echo to the journal").task("logs {\n disabled = true\n }");
+        let (id, status) = to_end(&agent, &job.text()).await?;
+        ensure!(
+            status == "complete",
+            "{:?}",
+            messages(&agent, &id, "t").await?
+        );
+        said("journalctl", &["--sync"])?;
+        let pattern = format!("exec2-t-{}-*.scope", &id[..8]);
+        let lines = said("journalctl", &["-u", &pattern, "-t", "t", "-o", "cat"])?;
+        ensure!(lines == "to the journal\n", "{lines}");
+
+        let ids = agent.run(SIDECAR).await?;
+        let id = ids.first().context("no allocation")?;
+        agent.wait_for(id, &["running"]).await?;
+        let mut read = String::new();
+        for _ in 0..100 {
+            read = agent.logs(id, "reader", "stdout").await.unwrap_or_default();
+            if !read.is_empty() {
+                break;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+        ensure!(read == "hello\n", "{read}");
+        agent.stop("sidecar").await?;
+
+        let ids = agent.run(BRIDGE).await?;
+        let id = ids.first().context("no allocation")?;
+        agent.wait_for(id, &["running"]).await?;
+        until("the bridged server answers", || {
+            crate::examples::get(id)?
+                .contains("hello from the bridge")
+                .then_some(())
+        })
+        .await?;
+        let main = scope_of(id, "server")?.main()?;
+        let of = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net"));
+        ensure!(of(&main.to_string())? != of("1")?);
+        agent.stop("bridge").await?;
+        agent.finish().await
+    });
+    fs::remove_dir_all(data)?;
+    // The agent's own, for its network namespaces.
+    let script = "umount /run/netns && rmdir /run/netns";
+    said("sh", &["-c", script])?;
+    done
 }

@@ -100,14 +100,6 @@ fn a_task_may_have_more_than_is_kept_for_it(context: &Context) -> Result<()> {
 }
 
 fn a_bridged_server_answers_in_its_own_network_alone(context: &Context) -> Result<()> {
-    /// As any client of the allocation's network.
-    fn get(alloc_id: &str) -> Option<String> {
-        let script = "use IO::Socket::INET; my $s = IO::Socket::INET->new('127.0.0.1:8006') or exit 1; print $s \"GET / HTTP/1.0\\r\\n\\r\\n\"; print <$s>";
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", alloc_id, "perl", "-e", script]);
-        let output = command.output().ok()?;
-        Some(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
     context.block_on(async {
         let agent = agent(context).await?;
         let alloc = agent.run(BRIDGE).await?;
@@ -129,4 +121,13 @@ fn a_bridged_server_answers_in_its_own_network_alone(context: &Context) -> Resul
         alloc.stop().await?;
         agent.finish().await.context("the end")
     })
+}
+
+/// As any client of the allocation's network.
+pub fn get(alloc_id: &str) -> Option<String> {
+    let script = "use IO::Socket::INET; my $s = IO::Socket::INET->new('127.0.0.1:8006') or exit 1; print $s \"GET / HTTP/1.0\\r\\n\\r\\n\"; print <$s>";
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", alloc_id, "perl", "-e", script]);
+    let output = command.output().ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -37,6 +37,7 @@ client {
   network_interface = "@INTERFACE@" # a machine without a default route has none to find
   cni_path          = "/usr/lib/cni"
   @COMPUTE@
+  @CLIENT@
 
   options = {
     "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean,consul,vault"

@@ -13,7 +13,7 @@ use nomad_driver_exec2::job::{self, Group, Job, Logs, template};
 
 use super::agent::Shared;
 use super::network::{Namespace, Network};
-use super::proto::driver::driver_capabilities::FsIsolation;
+use super::proto::driver::driver_capabilities::{FsIsolation, MountConfigs};
 use super::proto::driver::{
     AllocatedCpuResources, AllocatedMemoryResources, AllocatedTaskResources, CapabilitiesRequest,
     LinuxResources, Mount, Resources, TaskConfig, TaskConfigSchemaRequest,
@@ -102,7 +102,7 @@ impl Allocation {
         network: Network,
         change: &impl Fn(&mut TaskConfig),
     ) -> Result<Self> {
-        let spec = task_schema(agent).await?;
+        let spec = task_schema(agent, group).await?;
         let roots = Roots {
             allocs: agent.data.path().join("data/alloc"),
             mounts: agent.data.path().join("alloc_mounts"),
@@ -315,7 +315,7 @@ fn read_log(path: &std::path::Path) -> Result<String> {
 }
 
 /// Schema and capabilities, which Nomad asks for each new allocation.
-async fn task_schema(agent: &Shared) -> Result<Spec> {
+async fn task_schema(agent: &Shared, group: &Group) -> Result<Spec> {
     let mut driver = agent.connection()?.driver();
     let answer = driver.task_config_schema(TaskConfigSchemaRequest {}).await;
     let answer = answer.map_err(|status| agent.violations.status("TaskConfigSchema", status))?;
@@ -332,6 +332,14 @@ async fn task_schema(agent: &Shared) -> Result<Spec> {
     ensure!(
         capabilities.fs_isolation() == FsIsolation::Unveil && capabilities.dynamic_workload_users,
         "this client lays out allocations for drivers that unveil and take dynamic users, not for {capabilities:?}"
+    );
+    let has_mounts = group
+        .tasks
+        .iter()
+        .any(|task| !task.volume_mounts.is_empty());
+    ensure!(
+        !has_mounts || capabilities.mount_configs() != MountConfigs::NoMounts,
+        "task driver \"exec2\" does not support host volumes"
     );
     Ok(spec)
 }

@@ -43,6 +43,8 @@ pub struct RealConfig {
     pub port: u16,
     /// MHz of the whole node, where its processors do not tell.
     pub total_compute_mhz: Option<u64>,
+    /// Further lines of the `client` block.
+    pub client: String,
 }
 
 impl RealConfig {
@@ -56,6 +58,7 @@ impl RealConfig {
             base: "/opt".into(),
             port: 4646,
             total_compute_mhz: None,
+            client: String::new(),
         }
     }
 }

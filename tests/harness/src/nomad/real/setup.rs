@@ -27,6 +27,7 @@ pub(super) fn agent_hcl(config: &RealConfig, data: &Path) -> Result<String> {
         .replace("@SERF@", &(config.port + 2).to_string())
         .replace("@INTERFACE@", &interface())
         .replace("@COMPUTE@", &compute)
+        .replace("@CLIENT@", &config.client)
         .replace("@ARGS@", &args.join(", "))
         .replace("@PLUGIN@", &config.plugin_config);
     Ok(filled)
