@@ -119,7 +119,9 @@ fn a_volume_is_where_the_job_wants_it_and_the_host_is_not_changed(context: &Cont
 }
 
 fn a_volume_that_cannot_be_laid_fails_the_start(context: &Context) -> Result<()> {
-    let cases: [(&str, fn(&mut Mount), &str); 5] = [
+    /// Destination, change of the mount, sentence.
+    type Row = (&'static str, fn(&mut Mount), &'static str);
+    let cases: [Row; 5] = [
         (
             "/data",
             |mount| mount.host_path = "/nope".into(),
