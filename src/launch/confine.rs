@@ -1,6 +1,7 @@
 //! The unveil rules as a Landlock ruleset. Paths are opened with the rights of the calling process, in the final view, once,
 //! and each rule is made for what was opened.
 
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -42,12 +43,22 @@ impl Rules {
     ) -> Result<Rules, Failure> {
         let mut ruleset = empty_ruleset().map_err(|error| refused(Step::Rules, &error))?;
         let mut held = Vec::new();
+        let mut operators = BTreeSet::new();
         let proc = stat("/proc").at_path(Step::Rules, "/proc")?.st_dev;
         for rule in &order.rules {
             let Some(object) = open(rule, root, order.uid)? else {
                 continue;
             };
             let status = fstat(&object).at_path(Step::Rules, &rule.written)?;
+            // What the operator opened so far, it is open so far, by whatever other name a job calls it.
+            let inode = (status.st_dev, status.st_ino);
+            match rule.source {
+                Source::Plugin => {
+                    operators.insert(inode);
+                }
+                Source::Task if operators.contains(&inode) => continue,
+                _ => {}
+            }
             add(
                 &mut ruleset,
                 rule,

@@ -14,10 +14,10 @@ use super::report::{At, Failure};
 use crate::plan::steps::{Replaced, Step, Text};
 
 /// Only what is mounted in a mount namespace can be copied, so the texts need a place in it. This one is covered by the task's
-/// own cgroup before the task begins.
-const SHELF: &str = "/sys/fs/cgroup";
+/// own /proc when the layers are laid.
+const SHELF: &str = "/proc";
 
-pub(super) fn layers(files: &[Replaced]) -> Result<Vec<Layer>, Failure> {
+pub(super) fn layers(files: &[&Replaced]) -> Result<Vec<Layer>, Failure> {
     if files.is_empty() {
         return Ok(Vec::new());
     }

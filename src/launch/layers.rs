@@ -29,8 +29,11 @@ pub(super) const NO_EXEC: Attributes = libc::MOUNT_ATTR_NOEXEC;
 /// What is done to a layer once everything is in place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Finish {
+    /// Nothing. It is the host's: no mount point is made in it.
     Keep,
-    /// Mount points for others were made in it; now it becomes read-only.
+    /// Nothing. It is the task's own, and mount points may be made in it.
+    Own,
+    /// It is the task's own, mount points for others were made in it, and now it becomes read-only.
     Seal,
 }
 
@@ -45,11 +48,11 @@ pub(super) struct Layer {
 /// Lays the layers over the tree, outer ones first, and seals those that want it.
 pub(super) fn lay(step: Step, mut layers: Vec<Layer>) -> Result<(), Failure> {
     layers.sort_by(|a, b| a.path.cmp(&b.path));
-    for layer in &layers {
+    for (at, layer) in layers.iter().enumerate() {
         let laid = if layer.path == Path::new("/") {
             replace_root(&layer.tree)
         } else {
-            attach(layer)
+            attach(layer, lies_in_own(layer, &layers[..at]))
         };
         laid.at_path(step, &layer.path)?;
     }
@@ -60,9 +63,19 @@ pub(super) fn lay(step: Step, mut layers: Vec<Layer>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn attach(layer: &Layer) -> Result<(), Errno> {
+/// Whether the uppermost of the layers below it is one of the task's own.
+fn lies_in_own(layer: &Layer, earlier: &[Layer]) -> bool {
+    let below = earlier
+        .iter()
+        .filter(|other| layer.path != other.path && layer.path.starts_with(&other.path));
+    // Of two at one path the later lies on the earlier.
+    let uppermost = below.max_by_key(|other| other.path.as_os_str().len());
+    uppermost.is_some_and(|other| other.finish != Finish::Keep)
+}
+
+fn attach(layer: &Layer, may_make: bool) -> Result<(), Errno> {
     let target = match open_resolved(&layer.path) {
-        Err(Errno::NOENT) => make_mount_point(layer)?,
+        Err(Errno::NOENT) if may_make => make_mount_point(layer)?,
         result => result?,
     };
     move_onto(&layer.tree, target)
@@ -73,8 +86,7 @@ pub(super) fn move_onto(tree: &OwnedFd, target: impl AsFd) -> Result<(), Errno> 
     move_mount(tree, "", target, "", flags)
 }
 
-/// Where nothing lies under the layer, it is in one of ours: a mask, or the task's own tmp. The kernel refuses it anywhere
-/// else, as the tree is read-only by then.
+/// Where nothing lies under the layer, in one of the task's own: a mask, a mirror, or its tmp.
 fn make_mount_point(layer: &Layer) -> Result<OwnedFd, Errno> {
     let (Some(parent), Some(name)) = (layer.path.parent(), layer.path.file_name()) else {
         return Err(Errno::NOENT);

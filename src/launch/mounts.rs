@@ -21,6 +21,9 @@ use crate::plan::steps::{Order, RunMask, Step, TaskDir, Tree, View, Write};
 
 const TERMINALS: &str = "/dev/pts";
 
+/// Below /run.
+const MANAGERS: [&str; 3] = ["dbus", "systemd", "user"];
+
 /// What stays of a masked /run, for every task: the resolver's files, and the sockets that take a log.
 const KEPT_RUN: [&str; 4] = [
     "systemd/resolve",
@@ -34,8 +37,11 @@ pub(super) fn build(order: &Order, mut volumes: Volumes) -> Result<TaskRoot, Fai
     let view = &order.view;
     let_go_of_others(&order.task_dir)?;
     let root = TaskRoot::open(&order.task_dir, Step::View)?;
+    // A volume that lies there has files of its own.
+    let replaced = order.replaced.iter();
+    let replaced: Vec<_> = replaced.filter(|file| !volumes.cover(&file.path)).collect();
     let mut layers = layers_of(view, &root, &order.task_dir.alloc_dir, &mut volumes)?;
-    layers.extend(files::layers(&order.replaced)?);
+    layers.extend(files::layers(&replaced)?);
     if view.tree == Tree::ReadOnly {
         let set = READ_ONLY | NO_SUID | NO_DEV;
         layers::set_attributes(c"/", libc::AT_RECURSIVE, set).at_path(Step::View, "/")?;
@@ -70,11 +76,20 @@ fn layers_of(
         .collect();
     let is_hidden = |path: &Path| hidden.iter().any(|mask| path.starts_with(&mask.path));
 
-    let mut layers = volumes.mirrors(is_hidden)?;
-    layers.push(layer(
-        task_dir.clone(),
-        layers::clone_tree(root.fd(), NO_SUID | NO_DEV),
-    )?);
+    let is_writable = |path: &Path| {
+        view.tree == Tree::AsIs
+            || wanted
+                .iter()
+                .any(|want| want.write == Write::Allowed && path.starts_with(&want.path))
+    };
+    let mut layers = volumes.mirrors(is_hidden, is_writable)?;
+    layers.push(Layer {
+        finish: Finish::Own,
+        ..layer(
+            task_dir.clone(),
+            layers::clone_tree(root.fd(), NO_SUID | NO_DEV),
+        )?
+    });
     layers.push(proc(view)?);
     for path in view.masked.iter().filter(|path| path.exists()) {
         layers.push(unreadable(path)?);
@@ -86,7 +101,7 @@ fn layers_of(
         layers.extend(dev()?);
     }
     if !is_hidden(&alloc_dir) {
-        layers.extend(copy(alloc_dir, Write::Denied)?);
+        layers.extend(copy(alloc_dir.clone(), Write::Denied)?);
     }
     for mask in &hidden {
         layers.push(mask.layer(root)?);
@@ -101,11 +116,12 @@ fn layers_of(
         let writable = view.tree == Tree::ReadOnly && want.write == Write::Allowed;
         let needed = writable || is_hidden(&want.path);
         let covered = wanted.iter().any(|other| other.covers(want));
-        if needed && !covered && !want.path.starts_with(&task_dir) {
+        let is_other = want.path.starts_with(&task_dir) || volumes.cover(&want.path);
+        if needed && !covered && !is_other {
             layers.extend(copy(want.path.clone(), want.write)?);
         }
     }
-    layers.extend(volumes.layers(&task_dir)?);
+    layers.extend(volumes.layers([&task_dir, &alloc_dir])?);
     Ok(layers)
 }
 
@@ -124,12 +140,29 @@ impl Wanted {
         // The task has its own of these, whoever unveils them.
         let is_own = |path: &Path| path.starts_with("/proc") || path.starts_with(TERMINALS);
         // A path that is missing is for the unveil rules to name, or to skip.
-        for (path, write) in paths.filter(|(path, _)| !is_own(path)) {
-            all.extend(resolve(path)?.map(|path| Wanted { path, write }));
+        for (written, write) in paths.filter(|(path, _)| !is_own(path)) {
+            let Some(path) = resolve(written)? else {
+                continue;
+            };
+            if path == Path::new("/") {
+                return Err(Failure::new(Step::View, 0)
+                    .on(written.display().to_string())
+                    .note("it is a link to /; unveil / itself"));
+            }
+            all.push(Wanted { path, write });
         }
+        let managers = managers()?;
+        // By a link, what is not unveiled for writing could lead to what only that brings back.
+        all.retain(|want| want.write == Write::Allowed || !want.meets(&managers));
         all.sort_by(|a, b| a.path.cmp(&b.path).then(b.write.cmp(&a.write)));
         all.dedup_by(|later, first| later.path == first.path);
         Ok(all)
+    }
+
+    fn meets(&self, others: &[PathBuf]) -> bool {
+        others
+            .iter()
+            .any(|other| other.starts_with(&self.path) || self.path.starts_with(other))
     }
 
     fn covers(&self, other: &Wanted) -> bool {
@@ -171,9 +204,9 @@ impl Mask {
         for base in run_directories()? {
             match run {
                 RunMask::All => candidates.push((base, Instead::Nothing)),
-                RunMask::Managers => candidates.extend(
-                    ["dbus", "systemd", "user"].map(|name| (base.join(name), Instead::Nothing)),
-                ),
+                RunMask::Managers => {
+                    candidates.extend(MANAGERS.map(|name| (base.join(name), Instead::Nothing)));
+                }
             }
         }
         let mut masks = Vec::new();
@@ -209,8 +242,22 @@ impl Mask {
                 NO_SUID | NO_EXEC,
             ),
         };
-        layer(self.path.clone(), made)
+        Ok(Layer {
+            finish: Finish::Own,
+            ..layer(self.path.clone(), made)?
+        })
     }
+}
+
+/// What leads to managers of the host, where it is.
+fn managers() -> Result<Vec<PathBuf>, Failure> {
+    let mut paths = Vec::new();
+    for base in run_directories()? {
+        for name in MANAGERS {
+            paths.extend(resolve(&base.join(name))?);
+        }
+    }
+    Ok(paths)
 }
 
 /// What the masks of /run leave in place.
@@ -335,15 +382,19 @@ fn is_of_others(mount: &Mount, task_dir: &TaskDir) -> bool {
     if point.starts_with(&task_dir.path) || task_dir.path.starts_with(point) {
         return false;
     }
-    let of_an_allocation = |base: Option<&Path>| {
-        let below = base.and_then(|base| point.strip_prefix(base).ok());
-        below
-            .and_then(|below| below.components().next())
-            .is_some_and(|first| begins_with_uuid(first.as_os_str().as_bytes()))
-    };
-    mount.filesystem == "nsfs"
-        || of_an_allocation(task_dir.path.parent())
-        || of_an_allocation(task_dir.alloc_dir.parent())
+    mount.filesystem == "nsfs" || is_of_an_allocation(point, task_dir)
+}
+
+/// Whether a path is one of an allocation's, or below it: this one's, or another's beside it.
+pub(super) fn is_of_an_allocation(path: &Path, task_dir: &TaskDir) -> bool {
+    [&task_dir.path, &task_dir.alloc_dir]
+        .into_iter()
+        .any(|own| {
+            let below = own.parent().and_then(|base| path.strip_prefix(base).ok());
+            let first = below.and_then(|below| below.components().next());
+            path.starts_with(own)
+                || first.is_some_and(|first| begins_with_uuid(first.as_os_str().as_bytes()))
+        })
 }
 
 /// Nomad names an allocation's directories by its id; whatever else lies beside them is not Nomad's.

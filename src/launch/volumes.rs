@@ -9,7 +9,7 @@ use rustix::fs::{FileType, Mode, OFlags, fstat, mkdirat, symlinkat};
 use rustix::io::Errno;
 
 use super::layers::{self, Attributes, Finish, Layer, NO_DEV, NO_EXEC, NO_SUID, READ_ONLY};
-use super::mounts::{layer, resolve};
+use super::mounts::{is_of_an_allocation, layer, resolve};
 use super::place::{TaskRoot, open_host, open_resolved};
 use super::report::{At, Failure};
 use crate::plan::steps::{Bind, BindKind, Order, Place, Propagation, Step, Write};
@@ -27,6 +27,9 @@ pub(super) struct Volumes {
 
 /// To be called before propagation is cut: a copy made later would hear of no mount.
 pub(super) fn open(order: &Order) -> Result<Volumes, Failure> {
+    for bind in &order.binds {
+        beside_the_allocations(bind, order)?;
+    }
     let mut volumes = Volumes {
         elsewhere: Vec::new(),
         own: Vec::new(),
@@ -40,6 +43,23 @@ pub(super) fn open(order: &Order) -> Result<Volumes, Failure> {
     }
     volumes.own.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(volumes)
+}
+
+/// What holds the allocations would bring back their logs, for writing, and the secrets of others.
+fn beside_the_allocations(bind: &Bind, order: &Order) -> Result<(), Failure> {
+    let Some(source) = resolve(&bind.source)? else {
+        return Ok(());
+    };
+    let task_dir = &order.task_dir;
+    let holds = [&task_dir.alloc_dir, &task_dir.path]
+        .into_iter()
+        .any(|own| own.starts_with(&source));
+    if holds || is_of_an_allocation(&source, task_dir) {
+        return Err(Failure::new(Step::View, 0)
+            .on(bind.source.display().to_string())
+            .note("no source for a volume: it holds Nomad's allocations, or is in one; choose a directory beside them"));
+    }
+    Ok(())
 }
 
 fn copy(bind: &Bind) -> Result<OwnedFd, Failure> {
@@ -72,7 +92,10 @@ fn copy(bind: &Bind) -> Result<OwnedFd, Failure> {
 /// A volume that is a device, as CSI's block volumes are, or a part of /dev, is one whose devices work.
 fn attributes(bind: &Bind, is_device: bool) -> Attributes {
     let mut set = NO_SUID;
-    if !is_device && !bind.source.starts_with("/dev") {
+    if is_device || bind.source.starts_with("/dev") {
+        // They are written to all the same; nobody changes their owners and modes.
+        set |= READ_ONLY;
+    } else {
         set |= NO_DEV;
     }
     if bind.write == Write::Denied {
@@ -83,8 +106,12 @@ fn attributes(bind: &Bind, is_device: bool) -> Attributes {
 
 impl Volumes {
     /// What comes before everything else: directories in which a mount point is missing, as they are, but with room for it.
-    /// `is_made` tells the paths below which the view makes mount points by itself.
-    pub fn mirrors(&self, is_made: impl Fn(&Path) -> bool) -> Result<Vec<Layer>, Failure> {
+    /// `is_made` tells the paths below which the view makes mount points by itself, `is_writable` those that the task may write.
+    pub fn mirrors(
+        &self,
+        is_made: impl Fn(&Path) -> bool,
+        is_writable: impl Fn(&Path) -> bool,
+    ) -> Result<Vec<Layer>, Failure> {
         let mut mirrored: Vec<PathBuf> = Vec::new();
         for (path, _) in &self.elsewhere {
             let (there, missing) = split(path)?;
@@ -100,17 +127,24 @@ impl Volumes {
         mirrored.dedup();
         let mut layers = Vec::new();
         for directory in mirrored {
-            layers.extend(mirror(&directory)?);
+            layers.extend(mirror(&directory, &is_writable)?);
         }
         Ok(layers)
     }
 
-    /// Those outside of the task's directory.
-    pub fn layers(&mut self, task_dir: &Path) -> Result<Vec<Layer>, Failure> {
+    /// Whether one is to be at the path, or above it.
+    pub fn cover(&self, path: &Path) -> bool {
+        self.elsewhere
+            .iter()
+            .any(|(volume, _)| path.starts_with(volume))
+    }
+
+    /// Those outside of the task's directory. `own` are directories that must stay in sight.
+    pub fn layers(&mut self, own: [&Path; 2]) -> Result<Vec<Layer>, Failure> {
         let volumes = std::mem::take(&mut self.elsewhere).into_iter();
         let layers = volumes.map(|(path, tree)| {
             let (there, missing) = split(&path)?;
-            if task_dir.starts_with(there.join(&missing)) {
+            if own.iter().any(|own| own.starts_with(there.join(&missing))) {
                 return Err(Failure::new(Step::View, 0)
                     .on(path.display().to_string())
                     .note("no place for a volume: the task's own directory lies in it"));
@@ -168,7 +202,7 @@ fn split(path: &Path) -> Result<(PathBuf, PathBuf), Failure> {
 }
 
 /// A directory of ours with everything in it that the host's has.
-fn mirror(path: &Path) -> Result<Vec<Layer>, Failure> {
+fn mirror(path: &Path, is_writable: &impl Fn(&Path) -> bool) -> Result<Vec<Layer>, Failure> {
     use std::os::unix::fs::MetadataExt;
     let meta = fs::metadata(path).at_path(Step::View, path)?;
     let options = [
@@ -198,10 +232,13 @@ fn mirror(path: &Path) -> Result<Vec<Layer>, Failure> {
             symlinkat(&link, &top, name).at_path(Step::View, &entry)?;
             continue;
         }
-        let set = match path.starts_with("/dev") {
-            true => NO_SUID | READ_ONLY,
-            false => NO_SUID | NO_DEV | READ_ONLY,
-        };
+        let mut set = NO_SUID;
+        if !entry.starts_with("/dev") {
+            set |= NO_DEV;
+        }
+        if !is_writable(&entry) {
+            set |= READ_ONLY;
+        }
         let copied = open_resolved(&entry).and_then(|place| layers::clone_tree(place, set));
         match copied {
             // It went away meanwhile.

@@ -82,8 +82,10 @@ pub enum PlanError {
         "work_dir = {0:?}: task set work_dir outside sandbox but driver config does not allow this; the operator sets unveil_by_task = true to allow it"
     )]
     WorkDirOutside(String),
-    #[error("work_dir = {0:?} leaves the task's directory by \"..\"; write an absolute path")]
+    #[error("work_dir = {0:?} has a \"..\" in it; write the path without")]
     WorkDirLeaves(String),
+    #[error("work_dir = \"/\": it would unveil the whole host; choose a directory")]
+    WorkDirRoot,
     #[error(transparent)]
     Capability(#[from] CapabilityError),
     #[error(transparent)]
@@ -111,7 +113,9 @@ impl Plan {
         if let Place::Host(path) = &work_dir {
             unveil.push(format!("rwxc:{}", path.display()));
         }
-        let volumes = volumes::volumes(&request.mounts, &request.devices, &facts.aliases)?;
+        let uid = facts.account.uid;
+        let volumes =
+            volumes::volumes(&request.mounts, &request.devices, uid == 0, &facts.aliases)?;
         let rules = unveil::rules(gate(config, &volumes.rules), &unveil, &facts.aliases)?;
         let replaced = files::replaced(&files::Wanted {
             account: &facts.account,
@@ -128,7 +132,6 @@ impl Plan {
             facts.share_cpus.as_ref(),
             config.pids_max,
         )?;
-        let uid = facts.account.uid;
         let capabilities = capabilities(config, request, uid)?;
         let slice = if request.resources.cpuset.trim().is_empty() {
             unit::SHARE_SLICE
@@ -209,15 +212,18 @@ fn work_dir(
 ) -> Result<Place, PlanError> {
     let path = Path::new(&options.work_dir);
     no_nul("work_dir", &options.work_dir)?;
+    if path.components().any(|part| part == Component::ParentDir) {
+        return Err(PlanError::WorkDirLeaves(options.work_dir.clone()));
+    }
+    if path.is_absolute() && path.components().count() == 1 {
+        return Err(PlanError::WorkDirRoot);
+    }
     if path.is_absolute() {
         return match unveil::own_place(path, aliases) {
             Some(own) => Ok(Place::Task(own)),
             None if config.unveil_by_task => Ok(Place::Host(path.to_owned())),
             None => Err(PlanError::WorkDirOutside(options.work_dir.clone())),
         };
-    }
-    if path.components().any(|part| part == Component::ParentDir) {
-        return Err(PlanError::WorkDirLeaves(options.work_dir.clone()));
     }
     Ok(Place::Task(path.to_owned()))
 }
@@ -525,7 +531,7 @@ mod tests {
             ),
             (
                 wrong(&|r| r.options.work_dir = "local/../..".into()),
-                "work_dir = \"local/../..\" leaves the task's directory",
+                "work_dir = \"local/../..\" has a \"..\" in it",
             ),
             (
                 wrong(&|r| r.options.cap_add = vec!["sys_admin".into()]),

@@ -21,6 +21,10 @@ pub enum VolumeError {
     )]
     Propagation { destination: PathBuf, mode: String },
     #[error(
+        "volume_mount {destination:?}: propagation_mode = \"host-to-task\" is not possible for root, to whom a later mount of the host would come with its own set-uid files and devices; write \"private\", or run the task as another user"
+    )]
+    SlaveForRoot { destination: PathBuf },
+    #[error(
         "volume_mount {destination:?}: selinux_label = {label:?} is not possible, as no file is relabelled; leave it out"
     )]
     Label { destination: PathBuf, label: String },
@@ -42,11 +46,16 @@ pub struct Volumes {
 pub fn volumes(
     mounts: &[Mount],
     devices: &[Device],
+    is_root: bool,
     aliases: &[Alias],
 ) -> Result<Volumes, VolumeError> {
     let mut volumes = Volumes::default();
     for mount in mounts {
         let (bind, access) = volume(mount, aliases)?;
+        if is_root && bind.propagation == Propagation::Slave {
+            let destination = mount.task_path.clone();
+            return Err(VolumeError::SlaveForRoot { destination });
+        }
         volumes.add(bind, &mount.task_path, access);
     }
     for given in devices {
@@ -134,8 +143,10 @@ fn device(device: &Device) -> Result<(Bind, Access), VolumeError> {
     Ok((bind, access))
 }
 
-/// Directories of ours in the view, which no volume may replace.
-const TAKEN: [&str; 5] = ["/", "/dev", "/proc", "/sys", "/sys/fs/cgroup"];
+/// Directories in which the view has something of its own, which no volume may replace.
+const TAKEN: [&str; 5] = ["/", "/dev", "/etc", "/run", "/var/run"];
+/// Neither these nor anything below.
+const TAKEN_WHOLE: [&str; 2] = ["/proc", "/sys"];
 const OWN_TAKEN: [&str; 3] = ["", "alloc", "alloc/logs"];
 
 fn target(path: &Path, aliases: &[Alias]) -> Result<Place, &'static str> {
@@ -169,8 +180,7 @@ fn target(path: &Path, aliases: &[Alias]) -> Result<Place, &'static str> {
             }
         }
         None if TAKEN.iter().any(|taken| plain == Path::new(taken))
-            || plain.starts_with("/proc")
-            || plain.starts_with("/sys/fs/cgroup") =>
+            || TAKEN_WHOLE.iter().any(|taken| plain.starts_with(taken)) =>
         {
             Err(taken)
         }
@@ -193,7 +203,7 @@ mod tests {
     }
 
     fn of(mount: Mount) -> Result<Volumes, VolumeError> {
-        volumes(&[mount], &[], &[Alias::new(Path::new("/m"), "")])
+        volumes(&[mount], &[], false, &[Alias::new(Path::new("/m"), "")])
     }
 
     #[test]
@@ -221,6 +231,9 @@ mod tests {
             ("/", "is a directory of the driver's own"),
             ("/proc/sys", "is a directory of the driver's own"),
             ("/dev", "is a directory of the driver's own"),
+            ("/etc", "is a directory of the driver's own"),
+            ("/run", "is a directory of the driver's own"),
+            ("/sys/fs", "is a directory of the driver's own"),
             ("/m", "is a directory of the driver's own"),
             ("/m/alloc/logs/x", "is a directory of the driver's own"),
             ("/srv/../etc", "has a \"..\" in it"),
@@ -235,6 +248,12 @@ mod tests {
         };
         let error = of(propagation).unwrap_err().to_string();
         assert!(error.starts_with("volume_mount \"/data\": propagation_mode = \"bidirectional\""));
+        let slave = Mount {
+            propagation: "host-to-task".into(),
+            ..mount("/data")
+        };
+        let error = volumes(&[slave], &[], true, &[]).unwrap_err().to_string();
+        assert!(error.contains("is not possible for root"), "{error}");
         let label = Mount {
             selinux_label: "z".into(),
             ..mount("/data")
@@ -255,7 +274,7 @@ mod tests {
                 host_path: "/dev/dri/card0".into(),
                 cgroup_permissions: permissions.into(),
             };
-            let volumes = volumes(&[], &[device], &[]).unwrap();
+            let volumes = volumes(&[], &[device], true, &[]).unwrap();
             assert_eq!(volumes.binds[0].source, Path::new("/dev/dri/card0"));
             volumes.rules[0].access.to_string()
         };

@@ -25,8 +25,9 @@ use crate::systemd::SystemdError;
 
 const NOMAD_SLICE: &str = "/nomad.slice";
 const NOMAD_SHARE: &str = "/nomad.slice/share.slice";
-/// Before a change that did not get through is tried again.
+/// Before a change that did not get through is tried again, the first time and at most.
 const AGAIN: Duration = Duration::from_secs(1);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(60);
 
 impl TaskTable {
     /// The CPUs for a task without `cores` that starts now; `None` if nothing keeps it off any.
@@ -52,7 +53,7 @@ impl TaskTable {
                 "inotify: {error}; running tasks learn of newly reserved CPUs at the next start of a task only"
             );
         }
-        let mut is_done = true;
+        let (mut is_done, mut pause) = (true, AGAIN / 2);
         loop {
             if let Ok(watch) = &watch {
                 // Before the look, so that no change after it goes unseen.
@@ -66,10 +67,15 @@ impl TaskTable {
                 warn!("tasks cannot be kept off reserved CPUs yet, trying again: {error}");
             }
             is_done = fitted.is_ok();
+            pause = if is_done {
+                AGAIN / 2
+            } else {
+                (pause * 2).min(AGAIN_AT_MOST)
+            };
             tokio::select! {
                 () = self.shared.cpus_changed.notified() => {}
                 () = changed(watch.as_ref().ok()) => {}
-                () = tokio::time::sleep(AGAIN), if !is_done => {}
+                () = tokio::time::sleep(pause), if !is_done => {}
             }
         }
     }

@@ -264,7 +264,10 @@ fn a_task_beyond_its_memory_is_killed_and_says_so(context: &Context) -> Result<(
     context.block_on(async {
         let agent = agent(context).await?;
         // tail keeps a line whole, however long it is.
-        let job = Job::shell("exec tail /dev/zero").resources("cpu = 2000\n memory = 32");
+        // With a file of the task's own in its view, which must not hide its cgroup from the supervisor.
+        let job = Job::shell("exec tail /dev/zero")
+            .unveil(&["r:/etc/passwd"])
+            .resources("cpu = 2000\n memory = 32");
         let alloc = agent.run(&job.text()).await?;
         let task = alloc.only_task()?;
         let exit = task.wait().await?;

@@ -319,7 +319,7 @@ fn a_task_starts_where_work_dir_says(context: &Context) -> Result<()> {
                 "local/nope",
                 "work_dir local/nope: no such file or directory",
             ),
-            ("../..", "work_dir = \"../..\" leaves the task's directory"),
+            ("../..", "work_dir = \"../..\" has a \"..\" in it"),
         ] {
             let error = refusal(
                 &agent,

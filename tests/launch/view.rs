@@ -266,6 +266,34 @@ fn what_leads_to_managers_of_the_host_is_masked_in_run() {
     }
 }
 
+/// `r` brings back the rest of what is hidden, but only `w` what leads to managers: no link changes that.
+#[test]
+fn no_link_leads_to_a_manager_that_is_not_unveiled_for_writing() {
+    for user in USERS {
+        for link in ["/run/bus", "/run/all"] {
+            let stage = Stage::new();
+            let flags = MsFlags::empty();
+            mount(Some("run"), "/run", Some("tmpfs"), flags, Some("mode=755")).unwrap();
+            for path in ["/run/dbus", "/run/app"] {
+                make(Path::new(path), 0o755);
+            }
+            file(Path::new("/run/dbus/socket"), "", 0o666);
+            for (link, to) in [("/run/bus", "dbus"), ("/run/all", ".")] {
+                std::os::unix::fs::symlink(to, link).unwrap();
+            }
+            let order = user(&stage.script("ls /run/dbus /run/bus")).unveiling("r", "/run/app");
+            match stage.start(&order.unveiling("r", link)) {
+                Ok(task) => {
+                    let seen = task.end().stdout;
+                    assert!(!seen.contains("socket"), "{link}: {seen}");
+                }
+                // To root the link itself is not there.
+                Err(failure) => assert!(failure.to_string().contains("no such file"), "{failure}"),
+            }
+        }
+    }
+}
+
 #[test]
 fn proc_shows_the_tasks_processes_only() {
     let stage = Stage::new();

@@ -186,6 +186,99 @@ fn a_volume_whose_source_is_missing_fails_the_start() {
 }
 
 #[test]
+fn a_volume_that_holds_the_allocations_fails_the_start() {
+    let stage = Stage::new();
+    for source in [
+        "",
+        "alloc-dir",
+        "mounts",
+        "alloc-dir/alloc/data",
+        "11111111-2222-3333-4444-555555555555",
+    ] {
+        let source = stage.host(source);
+        fs::create_dir_all(&source).unwrap();
+        let beside = stage.host("alloc-dir/../alloc-dir");
+        assert!(beside.exists());
+        let order = with(
+            &stage,
+            stage.script("true").as_root(),
+            volume(&source, "/data"),
+        );
+        let sentence = stage.fails(&order);
+        assert!(
+            sentence.contains("no source for a volume"),
+            "{}: {sentence}",
+            source.display()
+        );
+    }
+}
+
+/// Neither below what is unveiled for writing nor below another volume.
+#[test]
+fn no_place_is_made_on_the_host() {
+    let stage = Stage::new();
+    let source = source(&stage);
+    let srv = stage.host("srv");
+    make(&srv, 0o777);
+    let order = with(
+        &stage,
+        stage.script("true").as_root(),
+        volume(&source, srv.join("new")),
+    );
+    let sentence = stage.fails(&order.unveiling("rwxc", &srv));
+    assert!(sentence.contains("no such file or directory"), "{sentence}");
+    assert!(!srv.join("new").exists());
+
+    let order = with(
+        &stage,
+        stage.script("true").as_root(),
+        volume(&source, srv.join("in")),
+    );
+    let order = with(&stage, order, volume(&srv, "/opt"));
+    let order = with(&stage, order, volume(&source, "/opt/missing"));
+    assert!(stage.fails(&order).contains("no such file or directory"));
+    assert!(!srv.join("missing").exists());
+}
+
+#[test]
+fn a_volume_is_made_room_for_where_everything_is_unveiled() {
+    let stage = Stage::new();
+    let (source, free) = (source(&stage), stage.host("free"));
+    make(&free, 0o777);
+    let script = format!(
+        "cat {MISSING}/file; touch {}/written; true >/dev/null",
+        free.display()
+    );
+    let order = with(
+        &stage,
+        stage.script(&script).as_root(),
+        volume(&source, MISSING),
+    );
+    let outcome = stage.run(&order.unveiling("rwxc", "/"));
+    assert_eq!((&*outcome.stderr, &*outcome.stdout), ("", "as it was\n"));
+    assert!(free.join("written").exists() && !Path::new("/exec2-volume").exists());
+}
+
+#[test]
+fn a_volume_over_a_file_that_would_read_otherwise_is_what_is_read() {
+    let stage = Stage::new();
+    let path = file(&stage.host("hosts"), "of the volume\n", 0o644);
+    let order = with(
+        &stage,
+        stage.script("cat /etc/hosts"),
+        volume(&path, "/etc/hosts"),
+    );
+    let order = Order {
+        replaced: vec![Replaced {
+            path: "/etc/hosts".into(),
+            text: Text::Whole("of the driver\n".into()),
+        }],
+        ..order
+    };
+    assert_eq!(stage.run(&order).stdout, "of the volume\n");
+}
+
+#[test]
 fn a_device_works_where_its_plugin_puts_it() {
     for user in USERS {
         for target in ["/dev/full", "/dev/exec2-device", "/opt/device"] {
@@ -200,7 +293,7 @@ fn a_device_works_where_its_plugin_puts_it() {
                 "cat /etc/hostname >{target}; [ -c {target} ] && head -c 3 {target} | wc -c; chmod 600 {target}; true >/dev/null"
             );
             let mut order = stage.script(&script);
-            let given = volumes(&[], &[device], &[]).unwrap();
+            let given = volumes(&[], &[device], false, &[]).unwrap();
             order.binds = given.binds;
             order.rules.splice(0..0, given.rules);
             let outcome = stage.run(&user(&order));
@@ -225,7 +318,7 @@ fn a_device_that_is_none_fails_the_start() {
         cgroup_permissions: String::new(),
     };
     let order = Order {
-        binds: volumes(&[], &[device], &[]).unwrap().binds,
+        binds: volumes(&[], &[device], false, &[]).unwrap().binds,
         ..stage.script("true")
     };
     assert_eq!(
@@ -325,7 +418,7 @@ fn volume(source: &Path, target: impl AsRef<Path>) -> Mount {
 /// As a plan has it: the volume's rule comes first.
 fn with(stage: &Stage, mut order: Order, mount: Mount) -> Order {
     let aliases = [Alias::new(&stage.task_dir, "")];
-    let given = volumes(&[mount], &[], &aliases).unwrap();
+    let given = volumes(&[mount], &[], false, &aliases).unwrap();
     order.binds.extend(given.binds);
     order.rules.splice(0..0, given.rules);
     order

@@ -232,6 +232,16 @@ impl Reader {
         Ok(logs)
     }
 
+    /// A number, or -1 for the agent's own.
+    fn owner(&self, entry: &Entry<'_>) -> Result<Option<u32>, JobError> {
+        match self.number::<i64>(entry)? {
+            -1 => Ok(None),
+            number => u32::try_from(number)
+                .map(Some)
+                .map_err(|_| entry.wrong(format!("{number} is no user or group; give its number"))),
+        }
+    }
+
     pub fn template(
         &mut self,
         entry: &Entry<'_>,
@@ -252,14 +262,16 @@ impl Reader {
                 ("data", _) => template.data = self.string(&entry)?,
                 ("destination", _) => template.destination = self.string(&entry)?,
                 ("left_delimiter", _) => delimiter = self.string(&entry)?,
-                ("uid", _) => template.uid = u32::try_from(self.number::<i64>(&entry)?).ok(),
-                ("gid", _) => template.gid = u32::try_from(self.number::<i64>(&entry)?).ok(),
+                ("uid", _) => template.uid = self.owner(&entry)?,
+                ("gid", _) => template.gid = self.owner(&entry)?,
                 ("perms", _) => {
                     let octal = self.string(&entry)?;
                     template.mode = u32::from_str_radix(&octal, 8)
                         .ok()
-                        .filter(|mode| *mode <= 0o7777)
-                        .ok_or_else(|| entry.wrong(format!("`{octal}` is no octal mode")))?;
+                        .filter(|mode| *mode <= 0o777)
+                        .ok_or_else(|| {
+                            entry.wrong(format!("`{octal}` is no octal mode up to 777"))
+                        })?;
                 }
                 ("env", Content::Attribute(_)) => {
                     if self.flag(&entry)? {
