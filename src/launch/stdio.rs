@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FileType, Gid, Mode, OFlags, ResolveFlags, Uid, fchown, fstat};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
-    socket_with,
+    AddressFamily, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, send,
+    shutdown, socket_with,
 };
 
 use super::OUTPUT;
@@ -31,6 +31,8 @@ pub(super) enum Output {
         reader: OwnedFd,
     },
     Given(OwnedFd),
+    /// The journal's socket, until `join_journal`.
+    Journal(OwnedFd),
     Null,
 }
 
@@ -44,8 +46,8 @@ pub(super) struct Standard {
 /// Opens what lies on the host, before the view changes what paths mean.
 pub(super) fn open(order: &Order) -> Result<[Output; 2], Failure> {
     match &order.stdio {
-        // Of the journal later, inside the scope.
-        Stdio::Null | Stdio::Journal { .. } => Ok([Output::Null, Output::Null]),
+        Stdio::Null => Ok([Output::Null, Output::Null]),
+        Stdio::Journal { .. } => Ok([journal_socket()?, journal_socket()?]),
         Stdio::Given => Ok([given(0, order)?, given(1, order)?]),
         Stdio::Fifos { stdout, stderr } => Ok([fifo(stdout, order)?, fifo(stderr, order)?]),
     }
@@ -61,18 +63,31 @@ pub(super) fn in_view(outputs: [Output; 2]) -> Result<Standard, Failure> {
 /// Where journald takes the output of services, one stream for each.
 const JOURNAL: &str = "/run/systemd/journal/stdout";
 
-/// To be called inside the scope: journald asks the kernel which cgroup its peer is in. Without a journal there is none to
-/// write to, and the job asked for no logs.
+/// Found on the host: at its path in the view may be a volume, and root would connect the task to what that leads to. Without
+/// a journal there is none to write to, and the job asked for no logs.
+fn journal_socket() -> Result<Output, Failure> {
+    match open_host(Path::new(JOURNAL), OFlags::empty()) {
+        Ok(socket) => Ok(Output::Journal(socket)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(Output::Null),
+        Err(errno) => Err(errno).at_path(Step::Open, JOURNAL),
+    }
+}
+
+/// To be called inside the scope: journald asks the kernel which cgroup its peer is in.
 pub(super) fn join_journal(order: &Order, standard: &mut Standard) -> Result<(), Failure> {
     let Stdio::Journal { unit, identifier } = &order.stdio else {
         return Ok(());
     };
     for (output, priority) in standard.outputs.iter_mut().zip(PRIORITIES) {
-        match journal(unit, identifier, priority) {
-            Ok(stream) => *output = Output::Given(stream),
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::CONNREFUSED) => {}
+        let Output::Journal(socket) = output else {
+            continue;
+        };
+        *output = match journal(socket, unit, identifier, priority) {
+            Ok(stream) => Output::Given(stream),
+            // It is down, or has more streams than it takes.
+            Err(Errno::CONNREFUSED | Errno::PIPE) => Output::Null,
             Err(errno) => return Err(errno).at_path(Step::Journal, JOURNAL),
-        }
+        };
     }
     Ok(())
 }
@@ -80,7 +95,8 @@ pub(super) fn join_journal(order: &Order, standard: &mut Standard) -> Result<(),
 /// syslog(3)'s LOG_INFO and LOG_WARNING, for stdout and stderr; a line that begins with `<n>` says its own.
 const PRIORITIES: [u8; 2] = [6, 4];
 
-fn journal(unit: &str, identifier: &str, priority: u8) -> Result<OwnedFd, Errno> {
+fn journal(socket: &OwnedFd, unit: &str, identifier: &str, priority: u8) -> Result<OwnedFd, Errno> {
+    let address = SocketAddrUnix::new(itself(socket))?;
     let stream = socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
@@ -89,7 +105,7 @@ fn journal(unit: &str, identifier: &str, priority: u8) -> Result<OwnedFd, Errno>
     )?;
     let deadline = Instant::now() + READER_PATIENCE;
     loop {
-        match connect(&stream, &SocketAddrUnix::new(JOURNAL)?) {
+        match connect(&stream, &address) {
             // Its queue is full.
             Err(Errno::AGAIN) if Instant::now() < deadline => sleep(READER_POLL),
             result => break result?,
@@ -98,7 +114,7 @@ fn journal(unit: &str, identifier: &str, priority: u8) -> Result<OwnedFd, Errno>
     // The header of the stream protocol: identifier, unit, priority, whether lines may begin with one, and whether to forward
     // to syslog, kmsg and the console.
     let header = format!("{identifier}\n{unit}\n{priority}\n1\n0\n0\n0\n");
-    rustix::io::write(&stream, header.as_bytes())?;
+    send(&stream, header.as_bytes(), SendFlags::NOSIGNAL)?;
     shutdown(&stream, Shutdown::Read)?;
     rustix::fs::fcntl_setfl(&stream, OFlags::RDWR)?;
     Ok(stream)
@@ -210,7 +226,7 @@ impl Standard {
     pub fn install(&self) -> Result<(), Failure> {
         let output = |index: usize| match &self.outputs[index] {
             Output::Fifo { pipe, .. } | Output::Given(pipe) => pipe,
-            Output::Null => &self.input,
+            Output::Journal(_) | Output::Null => &self.input,
         };
         nix::unistd::dup2_stdin(&self.input).at(Step::Signals)?;
         nix::unistd::dup2_stdout(output(0)).at(Step::Signals)?;
@@ -221,7 +237,7 @@ impl Standard {
     pub fn into_readers(self) -> Vec<OwnedFd> {
         let reader = |output| match output {
             Output::Fifo { reader, .. } => Some(reader),
-            Output::Given(_) | Output::Null => None,
+            Output::Given(_) | Output::Journal(_) | Output::Null => None,
         };
         self.outputs.into_iter().filter_map(reader).collect()
     }
@@ -230,7 +246,7 @@ impl Standard {
     pub fn fifos(&self) -> impl Iterator<Item = &OwnedFd> {
         self.outputs.iter().filter_map(|output| match output {
             Output::Fifo { pipe, .. } => Some(pipe),
-            Output::Given(_) | Output::Null => None,
+            Output::Given(_) | Output::Journal(_) | Output::Null => None,
         })
     }
 }

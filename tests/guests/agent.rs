@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
@@ -10,7 +11,7 @@ use harness::nomad::Level;
 use harness::nomad::real::{RealAgent, RealConfig};
 
 use crate::case;
-use crate::nomad::{Job, Scope, said, status, until};
+use crate::nomad::{Job, Scope, proc_file, said, status, until};
 
 pub const CASES: &[Case] = &[
     case!(Limits, Agent, a_real_agent_runs_jobs_in_scopes),
@@ -22,6 +23,16 @@ pub const CASES: &[Case] = &[
         a_real_agents_reserved_core_is_its_tasks_alone
     ),
     case!(Limits, Agent, a_real_agent_runs_the_examples),
+    case!(
+        Limits,
+        Agent,
+        a_real_agents_task_without_logs_writes_to_the_journal
+    ),
+    case!(
+        Limits,
+        Agent,
+        a_real_agents_new_log_collector_takes_over_from_a_dead_one
+    ),
 ];
 
 const ENV: &str = include_str!("../nomad/env.nomad.hcl");
@@ -409,7 +420,7 @@ fn a_real_agent_runs_the_examples(context: &Context) -> Result<()> {
             if !read.is_empty() {
                 break;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
         }
         ensure!(read == "hello\n", "{read}");
         agent.stop("sidecar").await?;
@@ -434,4 +445,102 @@ fn a_real_agent_runs_the_examples(context: &Context) -> Result<()> {
     let script = "umount /run/netns && rmdir /run/netns";
     said("sh", &["-c", script])?;
     done
+}
+
+fn a_real_agents_task_without_logs_writes_to_the_journal(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let job =
+            Job::shell("echo to stdout; echo to stderr >&2").task("logs {\n disabled = true\n }");
+        let (id, status) = to_end(&agent, &job.text()).await?;
+        ensure!(
+            status == "complete",
+            "{:?}",
+            messages(&agent, &id, "t").await?
+        );
+        said("journalctl", &["--sync"])?;
+        let unit = format!("exec2-t-{}-*.scope", &id[..8]);
+        let lines = said("journalctl", &["-u", &unit, "-t", "t", "-o", "cat"])?;
+        ensure!(
+            lines.contains("to stdout\n") && lines.contains("to stderr\n"),
+            "{lines}"
+        );
+        agent.collect().await?;
+        agent.finish().await
+    })
+}
+
+fn a_real_agents_new_log_collector_takes_over_from_a_dead_one(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let mut agent = agent(context).await?;
+        let script =
+            "trap 'exit 5' TERM; i=0; while :; do i=$((i + 1)); echo line $i.; sleep 0.1; done";
+        let job = Job::shell(script).task("kill_signal = \"SIGTERM\"");
+        let ids = agent.run(&job.text()).await?;
+        let id = ids.first().context("no allocation")?;
+        agent.wait_for(id, &["running"]).await?;
+        let main = scope_of(id, "t")?.main()?;
+        logged(&agent, id, 1).await?;
+        for pid in collectors()? {
+            said("kill", &["-KILL", &pid.to_string()])?;
+        }
+        let before = agent.logs(id, "t", "stdout").await?.lines().count();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        ensure!(
+            scope_of(id, "t")?.main()? == main,
+            "it went with its collector"
+        );
+        agent.restart().await?;
+        // What it wrote meanwhile, and what it writes now.
+        logged(&agent, id, before + 30).await?;
+        let lines = agent.logs(id, "t", "stdout").await?;
+        for (index, line) in lines.lines().enumerate() {
+            ensure!(line == format!("line {}.", index + 1), "{lines}");
+        }
+        agent.stop("case").await?;
+        let told = messages(&agent, id, "t").await?;
+        ensure!(
+            told.iter().any(|line| line == "Terminated: Exit Code: 5"),
+            "{told:?}"
+        );
+        agent.collect().await?;
+        agent.finish().await
+    })
+}
+
+/// Waits until the log of a task has that many lines.
+async fn logged(agent: &RealAgent, id: &str, lines: usize) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let log = agent.logs(id, "t", "stdout").await?;
+        if log.lines().count() >= lines {
+            return Ok(());
+        }
+        ensure!(
+            begun.elapsed() < Duration::from_secs(60),
+            "{lines} lines: {log}"
+        );
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// The processes `nomad logmon`.
+fn collectors() -> Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(pid) = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        if proc_file(pid, "cmdline")
+            .is_ok_and(|line| line.trim_end_matches('\0').ends_with("\0logmon"))
+        {
+            pids.push(pid);
+        }
+    }
+    ensure!(!pids.is_empty(), "no log collector");
+    Ok(pids)
 }

@@ -1,17 +1,18 @@
 //! Where the task's output goes, and which log pipes are refused.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, chown, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
-use nomad_driver_exec2::plan::steps::{Order, Place, Stdio};
+use nomad_driver_exec2::plan::steps::{Bind, BindKind, Order, Place, Propagation, Stdio, Write};
 use rustix::process::Signal;
 
-use crate::stage::{DYNAMIC, Stage, USERS, reader};
+use crate::stage::{Changed, DYNAMIC, Stage, USERS, reader, until};
 
 #[test]
 fn a_task_reopens_its_outputs() {
@@ -243,7 +244,7 @@ fn without_a_journal_a_task_without_logs_runs() {
 }
 
 /// A journal for this thread and its tasks: /run is another one.
-struct Journal(std::os::unix::net::UnixListener);
+struct Journal(UnixListener);
 
 impl Journal {
     fn new() -> Journal {
@@ -257,7 +258,7 @@ impl Journal {
         )
         .unwrap();
         fs::create_dir_all("/run/systemd/journal").unwrap();
-        Journal(std::os::unix::net::UnixListener::bind("/run/systemd/journal/stdout").unwrap())
+        Journal(UnixListener::bind("/run/systemd/journal/stdout").unwrap())
     }
 
     /// All that came by the next stream.
@@ -293,4 +294,63 @@ fn a_log_collector_that_dies_takes_no_task_with_it() {
     assert_eq!(&buffer[..length], b"unread\n");
     task.signal(Signal::TERM);
     assert_eq!(task.end().exit.code, 6);
+}
+
+/// What a volume has at the journal's path is for the task alone: the helper, as root, would connect the task to any socket.
+#[test]
+fn a_volume_is_not_taken_for_the_journal() {
+    let stage = Stage::new();
+    let journal = Journal::new();
+    let root_only = UnixListener::bind("/run/root-only").unwrap();
+    root_only.set_nonblocking(true).unwrap();
+    let planted = stage.host("planted");
+    fs::create_dir(&planted).unwrap();
+    symlink("/run/root-only", planted.join("stdout")).unwrap();
+    let mut order = Order {
+        stdio: Stdio::Journal {
+            unit: "exec2-web.scope".into(),
+            identifier: "web".into(),
+        },
+        ..stage.script("[ -h /run/systemd/journal/stdout ] && echo planted")
+    };
+    order.binds.push(Bind {
+        kind: BindKind::Volume,
+        source: planted,
+        target: Place::Host("/run/systemd/journal".into()),
+        write: Write::Allowed,
+        propagation: Propagation::Private,
+    });
+    stage.run(&order.unveiling("rw", "/run/systemd"));
+    assert_eq!(
+        root_only.accept().unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
+    assert!(journal.next().ends_with("0\nplanted\n"));
+}
+
+#[test]
+fn a_task_that_fills_the_pipe_of_a_dead_log_collector_waits_for_the_next() {
+    let stage = Stage::new();
+    let path = stage.fifo("stdout");
+    fs::remove_file(&path).unwrap();
+    mkfifo(&path, Mode::from_bits_truncate(0o600)).unwrap();
+    let collector = reader(&path);
+    let mut gate = stage.gate();
+    let script = "read _ <local/gate; head -c 100000 /dev/zero; touch local/written";
+    let task = stage.start(&stage.script(script)).unwrap();
+    drop(collector);
+    let mut collector = reader(&path);
+    gate.write_all(b"go\n").unwrap();
+    until("the pipe is full", || {
+        rustix::io::ioctl_fionread(&collector).unwrap() == 65_536
+    });
+    let written = stage.task_dir.join("local/written");
+    assert!(!written.exists());
+    let mut total = 0;
+    until("all of it arrives", || {
+        total += collector.read(&mut [0; 4096]).unwrap_or(0);
+        total == 100_000
+    });
+    assert_eq!(task.end().exit.code, 0);
+    assert!(written.exists());
 }
