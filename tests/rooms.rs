@@ -299,3 +299,51 @@ fn the_readme_explains_every_key_and_every_default_path() {
         );
     }
 }
+
+/// What a block says, without the attempts that an example leaves to Nomad's defaults for brevity.
+fn without_attempts(body: &hcl::Body) -> hcl::Body {
+    let blocks = body.blocks().filter(|block| {
+        let key = block.identifier.as_str();
+        key != "restart" && key != "reschedule"
+    });
+    let blocks = blocks.map(|block| hcl::Block {
+        body: without_attempts(&block.body),
+        ..block.clone()
+    });
+    let attributes = body.attributes().cloned().map(hcl::Structure::from);
+    attributes.chain(blocks.map(hcl::Structure::from)).collect()
+}
+
+/// Comments do not count; the file is named after the job.
+#[test]
+fn the_readme_quotes_jobs_as_their_files_have_them() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let fences = readme.split("```hcl\n").skip(1);
+    let jobs = fences.map(|rest| rest.split("```").next().unwrap());
+    let jobs: Vec<_> = jobs.filter(|text| text.contains("job \"")).collect();
+    assert!(jobs.len() > 2, "{jobs:#?}");
+    for text in jobs {
+        let quoted: hcl::Body = hcl::from_str(text).unwrap();
+        let name = quoted.blocks().next().unwrap().labels[0].as_str();
+        let path = root().join(format!("tests/nomad/{name}.nomad.hcl"));
+        let file: hcl::Body = hcl::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(
+            without_attempts(&quoted),
+            without_attempts(&file),
+            "README.md and {} differ",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn the_readme_lists_every_job() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for file in sources(&root().join("tests/nomad")) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        assert!(
+            !name.ends_with(".nomad.hcl") || readme.contains(&format!("`{name}`")),
+            "README.md does not list {name}"
+        );
+    }
+}

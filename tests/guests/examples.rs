@@ -3,19 +3,20 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::{Agent, Config};
 
 use crate::case;
-use crate::nomad::{Scope, agent, said, until};
+use crate::nomad::{Job, Scope, agent, said, status, until};
 
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_host_volume_keeps_what_a_task_writes),
     case!(Speed, Ours, a_sidecar_reads_what_its_neighbour_writes),
     case!(Speed, Ours, a_secret_is_in_memory_and_nobody_elses),
+    case!(Limits, Ours, a_core_is_its_tasks_alone),
     case!(Limits, Ours, a_task_may_have_more_than_is_kept_for_it),
     case!(
         Speed,
@@ -24,11 +25,12 @@ pub const CASES: &[Case] = &[
     ),
 ];
 
-const VOLUMES: &str = include_str!("../nomad/volumes.nomad.hcl");
+pub const VOLUMES: &str = include_str!("../nomad/volumes.nomad.hcl");
+const CORES: &str = include_str!("../nomad/cores.nomad.hcl");
 const SIDECAR: &str = include_str!("../nomad/sidecar.nomad.hcl");
-const SECRET: &str = include_str!("../nomad/secret.nomad.hcl");
+pub const SECRET: &str = include_str!("../nomad/secret.nomad.hcl");
 const OVERSUBSCRIPTION: &str = include_str!("../nomad/oversubscription.nomad.hcl");
-const BRIDGE: &str = include_str!("../nomad/bridge.nomad.hcl");
+pub const BRIDGE: &str = include_str!("../nomad/bridge.nomad.hcl");
 
 async fn printed_by(agent: &Agent, job: &str) -> Result<String> {
     let alloc = agent.run(job).await?;
@@ -50,8 +52,7 @@ fn a_host_volume_keeps_what_a_task_writes(context: &Context) -> Result<()> {
         };
         let agent = Agent::start(context.driver(), config).await?;
         ensure!(printed_by(&agent, VOLUMES).await? == "1\n");
-        // The next run is another user's, and finds what was there.
-        fs::set_permissions(data.join("runs"), fs::Permissions::from_mode(0o666))?;
+        // Another allocation finds what was there.
         ensure!(printed_by(&agent, VOLUMES).await? == "2\n");
         ensure!(fs::read_to_string(data.join("runs"))? == "run\nrun\n");
         ensure!(!Path::new("/data").exists());
@@ -81,8 +82,60 @@ fn a_sidecar_reads_what_its_neighbour_writes(context: &Context) -> Result<()> {
 fn a_secret_is_in_memory_and_nobody_elses(context: &Context) -> Result<()> {
     context.block_on(async {
         let agent = agent(context).await?;
-        let printed = printed_by(&agent, SECRET).await?;
+        let alloc = agent.run(SECRET).await?;
+        let task = alloc.only_task()?;
+        let exit = task.wait().await?;
+        ensure!(exit.success(), "{exit:?}");
+        let printed = alloc.stdout("reader")?;
         ensure!(printed == "tmpfs\n28\n", "{printed}");
+
+        let file = task.paths().secrets.join("token");
+        let path = file.to_string_lossy();
+        let own = task.user();
+        let own = own.strip_prefix("nomad-").context("a dynamic user")?;
+        let seen = read_as(own, &path)?;
+        ensure!(seen.stdout.len() == 28, "its own user: {seen:?}");
+        let seen = read_as("65534", &path)?;
+        let told = String::from_utf8_lossy(&seen.stderr);
+        ensure!(
+            seen.stdout.is_empty() && told.contains("Permission denied"),
+            "another user: {seen:?}"
+        );
+        alloc.stop().await?;
+        ensure!(!file.exists(), "{path} is left");
+        agent.finish().await
+    })
+}
+
+/// A process of the host that has this user and nothing else.
+fn read_as(uid: &str, path: &str) -> Result<Output> {
+    let ids = [format!("--reuid={uid}"), format!("--regid={uid}")];
+    let mut command = Command::new("setpriv");
+    command
+        .args(ids)
+        .args(["--clear-groups", "cat", path])
+        .env("LC_ALL", "C");
+    Ok(command.output()?)
+}
+
+fn a_core_is_its_tasks_alone(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let other = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+        let alloc = agent.run(CORES).await?;
+        let mut scope = Scope::of(alloc.only_task()?)?;
+        scope.dir = Path::new("/sys/fs/cgroup/exec2.slice/exec2-reserve.slice").join(&scope.unit);
+        let own = status(scope.main()?, "Cpus_allowed_list")?;
+        until("the task tells its CPU", || {
+            (alloc.stdout("pinned").ok()? == format!("CPU {own}, 1 of them\n")).then_some(())
+        })
+        .await?;
+        let rest = if own == "0" { "1" } else { "0" };
+        let other = Scope::of(other.only_task()?)?;
+        until("the other task is off that CPU", || {
+            (status(other.main().ok()?, "Cpus_allowed_list").ok()? == rest).then_some(())
+        })
+        .await?;
         agent.finish().await
     })
 }

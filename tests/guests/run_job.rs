@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,9 +13,11 @@ use nix::unistd::Pid;
 use tempfile::NamedTempFile;
 
 use crate::case;
+use crate::examples::{BRIDGE, SECRET, VOLUMES};
 
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, jobs_of_a_cluster_run_as_they_stand),
+    case!(Speed, Ours, examples_run_as_they_stand),
     case!(Speed, Ours, ctrl_c_stops_a_job_as_it_says),
     case!(Speed, Ours, a_job_finds_everything_it_asks_for),
     case!(Speed, Ours, options_win_over_the_file),
@@ -108,6 +111,39 @@ fn jobs_of_a_cluster_run_as_they_stand(context: &Context) -> Result<()> {
         ensure!(seen.lines().any(|it| it == line), "{line}: {output:?}");
     }
     ensure!(seen.contains("USER=nomad-8"), "{output:?}");
+    let left = ground.left()?;
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+fn examples_run_as_they_stand(context: &Context) -> Result<()> {
+    let ground = Ground::survey()?;
+    let output = run(context, &[], SECRET)?;
+    ensure!(
+        output.status.success() && told(&output).is_empty() && out(&output) == "tmpfs\n28\n",
+        "{output:?}"
+    );
+
+    let dir = tempfile::Builder::new()
+        .prefix("exec2-")
+        .tempdir_in("/srv")?;
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777))?;
+    let volume = format!("data={}", dir.path().display());
+    for runs in ["1\n", "2\n"] {
+        let output = run(context, &["--volume", &volume], VOLUMES)?;
+        ensure!(
+            output.status.success() && out(&output) == runs,
+            "{output:?}"
+        );
+    }
+
+    let output = run(context, &[], BRIDGE)?;
+    let sentence = "network mode `bridge` needs a Nomad cluster";
+    ensure!(
+        output.status.code() == Some(125)
+            && told(&output).iter().any(|line| line.contains(sentence)),
+        "{output:?}"
+    );
     let left = ground.left()?;
     ensure!(left.is_empty(), "{left:?}");
     Ok(())
