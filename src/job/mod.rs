@@ -71,6 +71,10 @@ pub struct Group {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Volume {
     pub name: String,
+    /// `host` or `csi`.
+    pub kind: String,
+    /// What the client or the plugin calls it.
+    pub source: String,
     pub access: Access,
     pub line: usize,
 }
@@ -148,6 +152,8 @@ pub struct Task {
 pub struct Lifecycle {
     /// `prestart`, `poststart` or `poststop`.
     pub hook: String,
+    /// It runs beside the main tasks, as long as they do.
+    pub sidecar: bool,
     pub line: usize,
 }
 

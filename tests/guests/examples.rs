@@ -15,6 +15,11 @@ use crate::nomad::{Job, Scope, agent, said, status, until};
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_host_volume_keeps_what_a_task_writes),
     case!(Speed, Ours, a_sidecar_reads_what_its_neighbour_writes),
+    case!(
+        Speed,
+        Ours,
+        a_prestart_task_ends_well_before_the_main_one_starts
+    ),
     case!(Speed, Ours, a_secret_is_in_memory_and_nobody_elses),
     case!(Limits, Ours, a_core_is_its_tasks_alone),
     case!(Limits, Ours, a_task_may_have_more_than_is_kept_for_it),
@@ -75,6 +80,38 @@ fn a_sidecar_reads_what_its_neighbour_writes(context: &Context) -> Result<()> {
         let [web, reader] = scopes;
         ensure!(web?.unit != reader?.unit);
         alloc.stop().await?;
+        agent.finish().await
+    })
+}
+
+fn a_prestart_task_ends_well_before_the_main_one_starts(context: &Context) -> Result<()> {
+    let with_prestart = |script: &str| {
+        let job = Job::shell("cat alloc/data/ready").text();
+        let task = format!(
+            "task \"init\" {{\n driver = \"exec2\"\n lifecycle {{\n hook = \"prestart\"\n }}\n \
+             config {{\n command = \"sh\"\n args = [\"-c\", \"{script}\"]\n }}\n }}\n task \"t\""
+        );
+        job.replacen("task \"t\"", &task, 1)
+    };
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let job = with_prestart("sleep 0.2; echo ready >alloc/data/ready");
+        let alloc = agent.run(&job).await?;
+        ensure!(
+            alloc
+                .task("init")?
+                .exit()
+                .is_some_and(|exit| exit.success())
+        );
+        let exit = alloc.task("t")?.wait().await?;
+        ensure!(
+            exit.success() && alloc.stdout("t")? == "ready\n",
+            "{exit:?}"
+        );
+        alloc.stop().await?;
+        let refused = agent.run(&with_prestart("exit 3")).await.err();
+        let refused = refused.context("the main task started")?.to_string();
+        ensure!(refused.starts_with("prestart task init: "), "{refused}");
         agent.finish().await
     })
 }

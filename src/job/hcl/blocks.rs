@@ -128,20 +128,23 @@ impl Reader {
 
     pub fn volume(&mut self, entry: &Entry<'_>) -> Result<Volume, JobError> {
         let (block, name) = named(entry)?;
-        let mut access = Access::ReadWrite;
+        let mut volume = Volume {
+            name,
+            kind: String::new(),
+            source: String::new(),
+            access: Access::ReadWrite,
+            line: entry.line,
+        };
         for entry in self.entries(&block.body) {
             match entry.key {
-                "read_only" => access = self.access(&entry)?,
-                "type" | "source" | "access_mode" | "attachment_mode" | "per_alloc" | "sticky"
-                | "mount_options" => {}
+                "type" => volume.kind = self.string(&entry)?,
+                "source" => volume.source = self.string(&entry)?,
+                "read_only" => volume.access = self.access(&entry)?,
+                "access_mode" | "attachment_mode" | "per_alloc" | "sticky" | "mount_options" => {}
                 _ => return Err(entry.unknown("volume")),
             }
         }
-        Ok(Volume {
-            name,
-            access,
-            line: entry.line,
-        })
+        Ok(volume)
     }
 
     pub fn volume_mount(&mut self, entry: &Entry<'_>) -> Result<VolumeMount, JobError> {
@@ -175,11 +178,11 @@ impl Reader {
     }
 
     pub fn lifecycle(&mut self, entry: &Entry<'_>) -> Result<Lifecycle, JobError> {
-        let mut hook = String::new();
+        let (mut hook, mut sidecar) = (String::new(), false);
         for entry in self.entries(&block_of(entry)?.body) {
             match entry.key {
                 "hook" => hook = self.string(&entry)?,
-                "sidecar" => {}
+                "sidecar" => sidecar = self.flag(&entry)?,
                 _ => return Err(entry.unknown("lifecycle")),
             }
         }
@@ -189,6 +192,7 @@ impl Reader {
         }
         Ok(Lifecycle {
             hook,
+            sidecar,
             line: entry.line,
         })
     }

@@ -386,10 +386,16 @@ job "a" {
         .map(|port| (port.label.as_str(), port.fixed))
         .collect();
     assert_eq!(ports, [("http", Some(8080)), ("admin", None)]);
-    assert_eq!(group.volumes[0].access, super::super::Access::ReadOnly);
+    let volume = &group.volumes[0];
+    assert_eq!(volume.access, super::super::Access::ReadOnly);
+    assert_eq!(
+        (volume.kind.as_str(), volume.source.as_str()),
+        ("host", "d")
+    );
     let task = &group.tasks[0];
     assert_eq!(task.volume_mounts[0].propagation, "private");
-    assert_eq!(task.lifecycle.as_ref().unwrap().hook, "prestart");
+    let lifecycle = task.lifecycle.as_ref().unwrap();
+    assert!(lifecycle.hook == "prestart" && lifecycle.sidecar);
     assert_eq!(
         task.payload_file.as_ref().unwrap().value,
         Value::from("in.txt")

@@ -61,7 +61,6 @@ impl Allocation {
                 "this client runs no poststop task"
             );
         }
-        // Each is started when the ones before it are; a prestart task that must end first is not waited for.
         group.tasks.sort_by_key(|task| match hook(task) {
             Some("prestart") => 0,
             None => 1,
@@ -78,8 +77,8 @@ impl Allocation {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(known);
-        for task in &allocation.0.tasks {
-            if let Err(error) = task.start_first().await {
+        for (task, of_job) in allocation.0.tasks.iter().zip(&group.tasks) {
+            if let Err(error) = start(task, of_job).await {
                 // A task that never started gets no DestroyTask.
                 allocation.stop_started().await?;
                 allocation.tear_down()?;
@@ -167,7 +166,7 @@ impl Allocation {
                 let cgroup = cgroup.to_string_lossy().into_owned();
                 task_config(&request, driver_config, cgroup, cpu_mhz as f64 / node_mhz)
             };
-            config.mounts = mounts(&request.mounts, &agent.config.host_volumes)?;
+            config.mounts = mounts(&request.mounts, group, &agent.config.host_volumes)?;
             config.network_isolation_spec = namespace.as_ref().map(Namespace::spec);
             change(&mut config);
             agent.config.version.word(&mut config)?;
@@ -293,10 +292,33 @@ fn port((port, free): (&job::Port, u16)) -> (String, u16) {
     (port.label.clone(), port.fixed.unwrap_or(free))
 }
 
-fn mounts(wanted: &[job::VolumeMount], given: &[(String, PathBuf)]) -> Result<Vec<Mount>> {
+/// A prestart task that is no sidecar is waited for, and has to succeed.
+async fn start(task: &Task, of_job: &job::Task) -> Result<()> {
+    task.start_first().await?;
+    let lifecycle = of_job.lifecycle.as_ref();
+    if lifecycle.is_some_and(|lifecycle| lifecycle.hook == "prestart" && !lifecycle.sidecar) {
+        let exit = task.wait().await?;
+        ensure!(exit.success(), "prestart task {}: {exit:?}", task.name());
+    }
+    Ok(())
+}
+
+fn mounts(
+    wanted: &[job::VolumeMount],
+    group: &Group,
+    given: &[(String, PathBuf)],
+) -> Result<Vec<Mount>> {
     let mount = |mount: &job::VolumeMount| {
-        let given = given.iter().find(|(name, _)| *name == mount.volume);
-        let (_, path) = given.with_context(|| format!("no host volume {:?}", mount.volume))?;
+        let volume = group.volumes.iter().find(|it| it.name == mount.volume);
+        let volume = volume.with_context(|| format!("no volume {:?}", mount.volume))?;
+        ensure!(
+            volume.kind == "host",
+            "volume {:?}: this client has host volumes only, none of type {:?}",
+            volume.name,
+            volume.kind
+        );
+        let given = given.iter().find(|(name, _)| *name == volume.source);
+        let (_, path) = given.with_context(|| format!("no host volume {:?}", volume.source))?;
         Ok(Mount {
             task_path: mount.destination.clone(),
             host_path: path.to_string_lossy().into_owned(),
