@@ -153,8 +153,12 @@ fn install(release: &Release, packages: &str, mirror: &str, dir: &Path) -> Resul
     command.arg("--customize-hook=rm \"$1\"/setup.sh");
     command.args([release.codename, "root", mirror]);
     child::succeed_logged(&mut command, PATIENCE, &dir.join("install.log")).with_context(|| {
+        let backports = match release.programs {
+            [] => String::new(),
+            _ => format!(" and {}-backports", release.codename),
+        };
         format!(
-            "cannot install Debian {}: is {mirror} reachable, and does it carry that release?",
+            "cannot install Debian {0}: is {mirror} reachable, and does it carry {0}{backports}?",
             release.codename
         )
     })?;
