@@ -259,10 +259,7 @@ fn a_hostile_request_is_refused_and_leaves_nothing(context: &Context) -> Result<
             sleep().unveil(&many),
             "unveil has 10000 entries; at most 1000",
         ),
-        (
-            sleep().unveil(&["r:../../etc"]),
-            "has a \"..\" in it",
-        ),
+        (sleep().unveil(&["r:../../etc"]), "has a \"..\" in it"),
         (sleep().unveil(&["r:/etc\0/x"]), "in which there is a NUL"),
         (
             sleep().unveil(&["r:/etc\n[Unit]\u{1b}[2J"]),
