@@ -5,13 +5,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::proto::driver::{Device, DnsConfig, Mount, NetworkIsolationSpec, TaskConfig};
 use harness::nomad::{Agent, Config};
 
 use crate::case;
-use crate::nomad::{Job, agent, agent_with, printed, refusal, said};
+use crate::nomad::{Job, Scope, agent, agent_with, printed, refusal, said};
 
 pub const CASES: &[Case] = &[
     case!(
@@ -45,6 +45,7 @@ pub const CASES: &[Case] = &[
         Ours,
         a_task_reads_its_own_limits_where_runtimes_look
     ),
+    case!(Limits, Ours, limits_stand_after_a_daemon_reload),
     case!(
         Limits,
         Ours,
@@ -438,6 +439,37 @@ fn a_task_reads_its_own_limits_where_runtimes_look(context: &Context) -> Result<
             seen == format!("{}\n50000 100000\n0::/\n", 64 << 20),
             "{seen}"
         );
+        agent.finish().await
+    })
+}
+
+/// systemd reads a transient unit's settings back from its files, and an older one keeps less of a quota in them.
+fn limits_stand_after_a_daemon_reload(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let job =
+            Job::command("sleep", &["600"]).resources("cpu = 333\n memory = 64\n memory_max = 128");
+        let alloc = agent.run(&job.text()).await?;
+        let scope = Scope::of(alloc.only_task()?)?;
+        let files = ["cpu.max", "memory.max", "memory.low", "pids.max"];
+        let read =
+            || -> Result<Vec<String>> { files.iter().map(|file| scope.file(file)).collect() };
+        let before = read()?;
+        let quota: u64 = before[0].split(' ').next().context("a quota")?.parse()?;
+        match context.guest().release.codename {
+            "bookworm" => ensure!(quota == 34_000, "{before:?}"),
+            _ => ensure!(quota.abs_diff(33_300) <= 333, "{before:?}"),
+        }
+        ensure!(before[1].trim() == (128u64 << 20).to_string(), "{before:?}");
+        for _ in 0..2 {
+            said("systemctl", &["daemon-reload"])?;
+            ensure!(
+                read()? == before,
+                "{:?} after the reload, {before:?} before",
+                read()?
+            );
+        }
+        alloc.stop().await?;
         agent.finish().await
     })
 }
