@@ -170,7 +170,7 @@ impl RunTime {
         template.evaluate(&self.context()).map_err(|error| {
             let unknown = |name: String| {
                 failed(format!(
-                    "this host does not know `{name}`; write a value in its place"
+                    "this host does not know `{name}`; write a value in its place, or $${{{name}}} for the shell's own"
                 ))
             };
             match (error.kind(), error.expr()) {

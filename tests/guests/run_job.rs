@@ -21,6 +21,7 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, ctrl_c_stops_a_job_as_it_says),
     case!(Speed, Ours, a_job_finds_everything_it_asks_for),
     case!(Speed, Ours, options_win_over_the_file),
+    case!(Speed, Ours, a_job_has_the_capabilities_it_asks_for),
     case!(Speed, Ours, a_job_without_logs_prints_nothing),
     case!(Speed, Ours, what_has_no_effect_is_a_warning_with_its_line),
     case!(Speed, Ours, a_mistake_in_a_job_is_told_with_its_line),
@@ -297,8 +298,31 @@ fn a_job_without_logs_prints_nothing(context: &Context) -> Result<()> {
     );
     let output = run(context, &[], text)?;
     ensure!(output.status.code() == Some(3), "{output:?}");
-    let silent = !String::from_utf8_lossy(&output.stderr).contains("err\n");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let silent = !stderr.contains("err\n");
     ensure!(out(&output).is_empty() && silent, "{output:?}");
+    ensure!(
+        stderr.contains("what the task prints is in journalctl -u exec2-t-"),
+        "{output:?}"
+    );
+    Ok(())
+}
+
+/// Whoever runs it is the operator.
+fn a_job_has_the_capabilities_it_asks_for(context: &Context) -> Result<()> {
+    let script = "grep CapEff /proc/self/status | cut -f2";
+    let with = |name: &str| {
+        job("", "", script).replacen("config {", &format!("config {{\ncap_add = [\"{name}\"]"), 1)
+    };
+    let output = run(context, &[], with("CAP_SYS_NICE"))?;
+    ensure!(out(&output) == "0000000000800000\n", "{output:?}");
+    let output = run(context, &[], with("net_admn"))?;
+    ensure!(
+        output.status.code() == Some(125)
+            && String::from_utf8_lossy(&output.stderr)
+                .contains("cap_add: \"net_admn\" is no capability"),
+        "{output:?}"
+    );
     Ok(())
 }
 

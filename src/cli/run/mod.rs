@@ -26,7 +26,9 @@ use crate::host;
 use crate::job::alloc_dir::{AllocDir, AllocDirError, Owner, Roots, TaskPaths};
 use crate::job::request::{new_alloc_id, new_task_id};
 use crate::job::{JobError, Logs};
+use crate::plan::capabilities;
 use crate::plan::limits::{Cpus, MemoryMax, Resources};
+use crate::plan::unit::UnitName;
 use crate::task::types::{
     Destroy, DriverError, ExitResult, Names, Severity, TaskEvent, TaskId, TaskRequest,
 };
@@ -202,7 +204,9 @@ impl Run {
             ),
         };
         let (compute, usable) = (Some(host::compute()), Cpus::new());
-        tasks.set_up(config(), compute, usable).await;
+        tasks
+            .set_up(config(&request.options.cap_add), compute, usable)
+            .await;
         let id = request.id.clone();
         let ended = attend(&tasks, request, &ending, &mut stops).await;
         // What is known of its end is told, whatever becomes of the directories. A task that could not be destroyed, and is
@@ -308,10 +312,13 @@ impl Default for Ending {
     }
 }
 
-/// The caller is root and the operator at once: what it unveils is allowed.
-fn config() -> PluginConfig {
+/// The caller is root and the operator at once: what it unveils and the capabilities that it asks for are allowed. Names that are
+/// none are the job's mistake, and told as such.
+fn config(cap_add: &[String]) -> PluginConfig {
+    let known = |name: &&String| capabilities::check(std::slice::from_ref(*name)).is_ok();
     PluginConfig {
         unveil_by_task: true,
+        allow_caps: cap_add.iter().filter(known).cloned().collect(),
         ..PluginConfig::default()
     }
 }
@@ -334,7 +341,13 @@ async fn attend(
             )
         }
         // The request names /dev/null.
-        Logs::Disabled => (Output::Logs, Vec::new()),
+        Logs::Disabled => {
+            let unit = UnitName::of_task(id.as_str());
+            say(format!(
+                "logs are disabled: what the task prints is in journalctl -u {unit}"
+            ));
+            (Output::Logs, Vec::new())
+        }
     };
     let mut events = tasks.events();
     tasks.start_with(request, output).await?;

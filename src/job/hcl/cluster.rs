@@ -29,7 +29,10 @@ pub(super) const GROUP: Table = Table {
 pub(super) const TASK: Table = Table {
     without_effect: "action affinity constraint leader restart scaling schedule shutdown_delay",
     missing: &[
-        ("artifact", "put the files into place and --unveil them"),
+        (
+            "artifact",
+            "unpack it on this host, --unveil rx:/DIRECTORY and name that path in `command`",
+        ),
         ("vault", SECRETS),
         ("consul", SECRETS),
         ("secret", SECRETS),
