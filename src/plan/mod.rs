@@ -268,7 +268,13 @@ fn environment(
         user: &facts.account.name,
         home: &facts.account.home,
         tmp: &facts.task_dir.path.join("tmp"),
-        work_dir: &facts.task_dir.path.join(work_dir.as_path()),
+        // Joined with nothing, the path would end in a slash.
+        work_dir: &facts
+            .task_dir
+            .path
+            .join(work_dir.as_path())
+            .components()
+            .collect::<PathBuf>(),
     };
     let env = environment::environment(&request.env, &request.device_env, &own);
     env.iter()
@@ -473,7 +479,7 @@ mod tests {
             let rule = rule.map(|rule| format!("{}:{}", rule.access, rule.written.display()));
             (order.work_dir, env.unwrap().1, rule)
         };
-        assert_eq!(of(""), (Place::Task("".into()), "/m/".into(), None));
+        assert_eq!(of(""), (Place::Task("".into()), "/m".into(), None));
         assert_eq!(
             of("local/x"),
             (Place::Task("local/x".into()), "/m/local/x".into(), None)

@@ -25,7 +25,7 @@ use crate::systemd::SystemdError;
 
 const NOMAD_SLICE: &str = "/nomad.slice";
 const NOMAD_SHARE: &str = "/nomad.slice/share.slice";
-/// Before a change that did not get through is tried again, the first time and at most.
+/// Before a change that did not get through is tried again: for want of a bus, and at most, if systemd refuses it.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_AT_MOST: Duration = Duration::from_secs(60);
 
@@ -53,7 +53,7 @@ impl TaskTable {
                 "inotify: {error}; running tasks learn of newly reserved CPUs at the next start of a task only"
             );
         }
-        let (mut is_done, mut pause) = (true, AGAIN / 2);
+        let (mut is_done, mut pause) = (true, AGAIN);
         loop {
             if let Ok(watch) = &watch {
                 // Before the look, so that no change after it goes unseen.
@@ -67,10 +67,9 @@ impl TaskTable {
                 warn!("tasks cannot be kept off reserved CPUs yet, trying again: {error}");
             }
             is_done = fitted.is_ok();
-            pause = if is_done {
-                AGAIN / 2
-            } else {
-                (pause * 2).min(AGAIN_AT_MOST)
+            pause = match fitted {
+                Err(error) if !error.is_unanswered() => (pause * 2).min(AGAIN_AT_MOST),
+                _ => AGAIN,
             };
             tokio::select! {
                 () = self.shared.cpus_changed.notified() => {}

@@ -357,7 +357,7 @@ fn a_real_agents_reserved_core_is_its_tasks_alone(context: &Context) -> Result<(
     })
 }
 
-/// And what a job may ask for in its config: a working directory, a capability, its own name, the journal.
+/// And what a job may ask for in its config: a working directory, a capability, its own name.
 fn a_real_agent_runs_the_examples(context: &Context) -> Result<()> {
     let data = Path::new("/srv/data");
     fs::create_dir_all(data)?;
@@ -399,18 +399,6 @@ fn a_real_agent_runs_the_examples(context: &Context) -> Result<()> {
                 && lines[2] == "0000000000000400",
             "{seen}"
         );
-        let job = Job::shell("echo to the journal").task("logs {\n disabled = true\n }");
-        let (id, status) = to_end(&agent, &job.text()).await?;
-        ensure!(
-            status == "complete",
-            "{:?}",
-            messages(&agent, &id, "t").await?
-        );
-        said("journalctl", &["--sync"])?;
-        let pattern = format!("exec2-t-{}-*.scope", &id[..8]);
-        let lines = said("journalctl", &["-u", &pattern, "-t", "t", "-o", "cat"])?;
-        ensure!(lines == "to the journal\n", "{lines}");
-
         let ids = agent.run(SIDECAR).await?;
         let id = ids.first().context("no allocation")?;
         agent.wait_for(id, &["running"]).await?;
