@@ -9,8 +9,9 @@
 //! - [`systemd`] is PID 1's side: scopes over D-Bus. [`cgroup`] reads a scope's files.
 //! - [`launch`] is the helper: from a parked process inside the scope to the command's exec, then its supervisor.
 //! - [`host`], [`mountinfo`] and [`users`] look facts up. [`record`] is how a task's end is kept, [`text`] the only way a job's words leave
-//!   us, [`sys`] the calls that no library has, and the only unsafe code.
+//!   us, [`sys`] the calls that no library has, and the only unsafe code. [`breakpoint`] is for tests.
 
+pub mod breakpoint;
 pub mod cgroup;
 pub mod cli;
 pub mod config;

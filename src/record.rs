@@ -4,12 +4,17 @@
 //! The file is one page, allocated by the plugin before the helper starts and mapped by the supervisor before it forks.
 //! The record is written by plain stores, so neither a full disk, nor an rlimit, nor memory.max can suppress it.
 
+use std::ops::Range;
+
 use crate::text::fnv1a;
 
 /// Size of the file, one page.
 pub const SIZE_BYTES: usize = 4096;
 
 const MAGIC: [u8; 8] = *b"exec2rc1";
+const BODY_BYTES: usize = 48;
+/// Behind the magic number and the checksum.
+const BODY: Range<usize> = 16..16 + BODY_BYTES;
 
 /// How the main process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,8 +27,12 @@ pub struct Exit {
     pub oom_kills: u64,
     /// Highest memory use of the scope (memory.peak, kernel 5.19), 0 if unknown.
     pub memory_peak_bytes: u64,
+    /// Its limit at the end (memory.max), 0 if it had none.
+    pub memory_max_bytes: u64,
     /// CLOCK_REALTIME when the main process was reaped.
     pub ended_unix_nanos: u64,
+    /// The whole scope got SIGTERM from outside, as by `systemctl stop`.
+    pub was_terminated: bool,
 }
 
 /// What a record says.
@@ -45,13 +54,15 @@ pub fn open() -> [u8; SIZE_BYTES] {
 
 /// Writes the exit into the page: the body first, its checksum last, so that a torn one is told from a whole one.
 pub fn write(page: &mut [u8], exit: &Exit) {
-    let mut body = [0; 32];
+    let mut body = [0; BODY_BYTES];
     body[..4].copy_from_slice(&exit.code.to_le_bytes());
     body[4..8].copy_from_slice(&exit.signal.to_le_bytes());
     body[8..16].copy_from_slice(&exit.oom_kills.to_le_bytes());
     body[16..24].copy_from_slice(&exit.memory_peak_bytes.to_le_bytes());
-    body[24..].copy_from_slice(&exit.ended_unix_nanos.to_le_bytes());
-    page[16..48].copy_from_slice(&body);
+    body[24..32].copy_from_slice(&exit.memory_max_bytes.to_le_bytes());
+    body[32..40].copy_from_slice(&exit.ended_unix_nanos.to_le_bytes());
+    body[40] = exit.was_terminated.into();
+    page[BODY].copy_from_slice(&body);
     // The compiler may not move the checksum before the body: a reader takes a matching checksum for a whole record.
     std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
     page[8..16].copy_from_slice(&checksum(&body).to_le_bytes());
@@ -59,7 +70,7 @@ pub fn write(page: &mut [u8], exit: &Exit) {
 
 /// Reads the bytes of a record's file.
 pub fn read(page: &[u8]) -> Record {
-    let (Some(magic), Some(sum), Some(body)) = (page.get(..8), page.get(8..16), page.get(16..48))
+    let (Some(magic), Some(sum), Some(body)) = (page.get(..8), page.get(8..16), page.get(BODY))
     else {
         return Record::Torn;
     };
@@ -82,7 +93,9 @@ pub fn read(page: &[u8]) -> Record {
         signal: i32::from_le_bytes(array(&body[4..8])),
         oom_kills: u64::from_le_bytes(array(&body[8..16])),
         memory_peak_bytes: u64::from_le_bytes(array(&body[16..24])),
-        ended_unix_nanos: u64::from_le_bytes(array(&body[24..32])),
+        memory_max_bytes: u64::from_le_bytes(array(&body[24..32])),
+        ended_unix_nanos: u64::from_le_bytes(array(&body[32..40])),
+        was_terminated: body[40] != 0,
     })
 }
 
@@ -106,6 +119,8 @@ mod tests {
         signal: 0,
         oom_kills: 1,
         memory_peak_bytes: 4096,
+        memory_max_bytes: 8192,
+        was_terminated: true,
         ended_unix_nanos: 1_700_000_000_000_000_000,
     };
 
@@ -121,7 +136,7 @@ mod tests {
     fn a_record_with_any_byte_changed_is_torn() {
         let mut page = open();
         write(&mut page, &EXIT);
-        for index in 0..48 {
+        for index in 0..BODY.end {
             let mut changed = page;
             changed[index] ^= 0x55;
             assert_eq!(read(&changed), Record::Torn, "byte {index}");

@@ -247,6 +247,68 @@ pub fn reset_signals() {
     }
 }
 
+/// Keeps a signal from being delivered to this thread. It waits to be taken; a blocked signal is kept even for PID 1 of a
+/// namespace, which the kernel spares all others of that it has no handler for.
+pub fn block_signal(signal: i32) -> io::Result<()> {
+    let set = signal_set(signal);
+    // SAFETY: the set is initialised and outlives the call; a null pointer asks for no old mask.
+    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Takes a blocked signal that waits, and tells whether a process outside of this PID namespace sent it: such a sender has
+/// no pid in it.
+pub fn take_signal_of_outside(signal: i32) -> bool {
+    let set = signal_set(signal);
+    let now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: siginfo_t is plain data for which zero is a value; all three outlive the call, which fills in the second.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        libc::sigtimedwait(&raw const set, &raw mut info, &raw const now) == signal
+            && info.si_pid() == 0
+    }
+}
+
+fn signal_set(signal: i32) -> libc::sigset_t {
+    // SAFETY: sigemptyset initialises the set before anything reads it; sigaddset refuses what is no signal.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, signal);
+        set
+    }
+}
+
+/// How a process ended, if the kernel still knows: a wait(2) status. Since Linux 6.15, once whoever has it as a child has
+/// reaped it.
+pub fn exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
+    /// The first 64 bytes of pidfs' struct pidfd_info.
+    #[repr(C)]
+    struct Info {
+        mask: u64,
+        cgroup_id: u64,
+        ids: [u32; 11],
+        exit_code: i32,
+    }
+    const EXIT: u64 = 1 << 3;
+    // _IOWR(0xFF, 11, struct pidfd_info)
+    const PIDFD_GET_INFO: libc::Ioctl = 0xC040_FF0B;
+    let mut info = Info {
+        mask: EXIT,
+        cgroup_id: 0,
+        ids: [0; 11],
+        exit_code: 0,
+    };
+    // SAFETY: the kernel writes no more than the 64 bytes that the request's number says, which the structure has.
+    let done = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &raw mut info) };
+    (done == 0 && info.mask & EXIT != 0).then_some(info.exit_code)
+}
+
 /// Gives memory that the allocator holds but does not use back to the kernel.
 pub fn trim_heap() {
     #[cfg(target_env = "gnu")]

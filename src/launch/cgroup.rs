@@ -23,6 +23,7 @@ pub(super) struct Memory {
     events: Option<File>,
     /// Since kernel 5.19.
     peak: Option<File>,
+    max: Option<File>,
 }
 
 /// Leaves the host's cgroup namespace for one whose root is the scope, where runtimes look for their limits.
@@ -32,6 +33,7 @@ pub(super) fn confine() -> Result<Memory, Failure> {
     let memory = Memory {
         events: open("memory.events"),
         peak: open("memory.peak"),
+        max: open("memory.max"),
     };
     nix::sched::unshare(CloneFlags::CLONE_NEWCGROUP).at(Step::Cgroup)?;
     let place = match open_resolved(Path::new(MOUNT)) {
@@ -77,6 +79,11 @@ impl Memory {
 
     pub fn peak_bytes(&self) -> u64 {
         number(text(&self.peak, &mut [0; 32]))
+    }
+
+    /// 0 for `max`, no limit.
+    pub fn max_bytes(&self) -> u64 {
+        number(text(&self.max, &mut [0; 32]))
     }
 }
 

@@ -25,11 +25,12 @@ use std::os::fd::{OwnedFd, RawFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
 
+use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
 use crate::record;
 use crate::sys::{self, Fork, SharedPage};
 use place::TaskRoot;
-use report::{At, Failure, Parking};
+use report::{At, Failure, Word};
 pub use spawn::{Parked, SUBCOMMAND, spawn};
 use supervise::Watch;
 use task::Prepared;
@@ -39,6 +40,8 @@ const CONTROL: RawFd = 3;
 const RECORD: RawFd = 4;
 const ORDER: RawFd = 5;
 const OUTPUT: [RawFd; 2] = [6, 7];
+#[cfg(debug_assertions)]
+const BREAKPOINTS: RawFd = 8;
 
 /// The helper's whole life. `main` calls it before there is any thread, parser or logger.
 pub fn run() -> ! {
@@ -53,13 +56,21 @@ pub fn run() -> ! {
         );
         sys::exit_now(2);
     };
+    #[cfg(debug_assertions)]
+    if let Ok(test) = sys::inherited(BREAKPOINTS) {
+        breakpoint::adopt(test);
+    }
     let ready = prepare().and_then(|ready| {
+        breakpoint::at(Step::Release);
         report::parked(&control).at(Step::Release)?;
         Ok((ready, report::wait_for_release(&control).at(Step::Release)?))
     });
     match ready {
-        Ok((ready, Parking::Released)) => enter(control, ready),
-        Ok((_, Parking::Abandoned)) => sys::exit_now(0),
+        Ok((ready, Word::Given)) => enter(control, ready),
+        Ok((ready, Word::Abandoned)) => {
+            drop(ready);
+            sys::exit_now(0)
+        }
         Err(failure) => give_up(&control, &failure),
     }
 }
@@ -75,15 +86,20 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     let record = File::from(sys::inherited(RECORD).at(Step::Open)?);
     let page = SharedPage::map(&record, record::SIZE_BYTES).at(Step::Open)?;
     let order = read_order()?;
+    breakpoint::at(Step::Open);
     TaskRoot::open(&order.task_dir, Step::Open)?;
     // The task's own /proc will be read-only: oom_score_adj is written through this one.
     let host_proc =
         place::open_host("/proc".as_ref(), OFlags::DIRECTORY).at_path(Step::Open, "/proc")?;
     let outputs = stdio::open(&order)?;
+    breakpoint::at(Step::Network);
     namespaces::join_network(&order)?;
+    breakpoint::at(Step::Unshare);
     namespaces::unshare()?;
     let volumes = volumes::open(&order)?;
+    breakpoint::at(Step::Propagation);
     namespaces::cut_propagation()?;
+    breakpoint::at(Step::View);
     let root = mounts::build(&order, volumes)?;
     let prepared = Prepared {
         root,
@@ -97,7 +113,9 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
 
 /// What happens inside the scope.
 fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
+    breakpoint::at(Step::Cgroup);
     let forked = cgroup::confine().and_then(|memory| {
+        breakpoint::at(Step::Journal);
         stdio::join_journal(&prepared.order, &mut prepared.stdio)?;
         let (supervisor, task) = socketpair(
             AddressFamily::UNIX,
@@ -106,12 +124,16 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
             None,
         )
         .at(Step::Fork)?;
+        breakpoint::at(Step::Fork);
         // After the fork the command could be there first, and limit its supervisor.
         privileges::set_groups(supervise::GROUPS)?;
         Ok((memory, supervisor, task, sys::fork().at(Step::Fork)?))
     });
     match forked {
-        Err(failure) => give_up(&control, &failure),
+        Err(failure) => {
+            drop(prepared);
+            give_up(&control, &failure)
+        }
         Ok((_, supervisor, task, Fork::Child)) => {
             drop((control, supervisor));
             let Err(failure) = task::become_task(&prepared, &task);
@@ -133,7 +155,7 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
                 host_proc,
                 memory,
                 page,
-                _log_readers: stdio.into_readers(),
+                log_readers: stdio.into_readers(),
             };
             supervise::run(control, watch)
         }

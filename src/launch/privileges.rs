@@ -90,12 +90,14 @@ pub(super) fn keep_only(uid: u32, bounding: u64, ambient: u64) -> Result<(), Fai
     Ok(())
 }
 
-pub(super) fn drop_capabilities() -> Result<(), Errno> {
+/// Drops all capabilities but these.
+pub(super) fn keep_capabilities(kept: CapabilitySet) -> Result<(), Errno> {
+    let kept = kept & capabilities(None)?.permitted;
     set_capabilities(
         None,
         CapabilitySets {
-            effective: CapabilitySet::empty(),
-            permitted: CapabilitySet::empty(),
+            effective: kept,
+            permitted: kept,
             inheritable: CapabilitySet::empty(),
         },
     )

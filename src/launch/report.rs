@@ -24,6 +24,7 @@ const FAILED: u8 = b'F';
 pub(super) const EXEC_FAILED: u8 = b'E';
 const HELD: u8 = b'H';
 const GO: u8 = b'G';
+const COMMIT: u8 = b'C';
 
 const PACKET_BYTES: usize = 8 * 1024;
 /// A subject or note is cut here, so that a failure always fits into a packet.
@@ -170,24 +171,39 @@ pub fn release(control: impl AsFd) -> io::Result<()> {
     send(control, GO, &[], &[])
 }
 
+/// Plugin: the start is done, and the task is to outlive whoever started it.
+pub fn commit(control: impl AsFd) -> io::Result<()> {
+    send(control, COMMIT, &[], &[])
+}
+
 /// Helper: everything is prepared.
 pub(super) fn parked(control: impl AsFd) -> io::Result<()> {
     send(control, PARKED, &[], &[])
 }
 
-/// How the wait of a parked helper ended.
+/// How a wait for the plugin's word ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Parking {
-    Released,
+pub(super) enum Word {
+    Given,
+    /// The plugin is gone.
     Abandoned,
 }
 
-/// Helper: waits for the plugin's word, or for its end.
-pub(super) fn wait_for_release(control: impl AsFd) -> io::Result<Parking> {
+/// Helper: waits until the plugin has its scope.
+pub(super) fn wait_for_release(control: impl AsFd) -> io::Result<Word> {
+    wait_for(control, GO)
+}
+
+/// Supervisor: waits until the plugin has all it needs to find the task again.
+pub(super) fn wait_for_commit(control: impl AsFd) -> io::Result<Word> {
+    wait_for(control, COMMIT)
+}
+
+fn wait_for(control: impl AsFd, tag: u8) -> io::Result<Word> {
     match Packet::receive(control)? {
-        Some(packet) if packet.tag == GO => Ok(Parking::Released),
+        Some(packet) if packet.tag == tag => Ok(Word::Given),
         Some(_) => Err(unreadable()),
-        None => Ok(Parking::Abandoned),
+        None => Ok(Word::Abandoned),
     }
 }
 

@@ -9,6 +9,8 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+#[cfg(debug_assertions)]
+use super::BREAKPOINTS;
 use super::report::{At, EXEC_FAILED, Failure};
 use super::{CONTROL, OUTPUT};
 use crate::plan::steps::{Order, Step};
@@ -18,8 +20,8 @@ use crate::sys::{self, Program};
 pub const SUBCOMMAND: &str = "launch";
 const ARGV: [&CStr; 2] = [c"nomad-driver-exec2", c"launch"];
 
-/// A helper that prepares itself and then waits for `report::release`. If `control` is dropped before, it ends by itself and
-/// leaves nothing. It is this process' child: whoever holds it reaps it, by `pidfd`.
+/// A helper that prepares itself and then waits for `report::release`, and after it has started the command, for
+/// `report::commit`. If `control` is dropped before, it ends by itself, the command with it, and leaves nothing. It is this process' child: whoever holds it reaps it, by `pidfd`.
 #[derive(Debug)]
 pub struct Parked {
     pub pidfd: OwnedFd,
@@ -62,6 +64,10 @@ pub fn spawn(
         debug_assert_eq!(descriptors.len(), OUTPUT[0] as usize);
         descriptors.extend(output.iter().map(AsFd::as_fd));
     }
+    #[cfg(debug_assertions)]
+    let test = crate::breakpoint::for_helper();
+    #[cfg(debug_assertions)]
+    crate::breakpoint::place(&mut descriptors, null, test.as_ref(), BREAKPOINTS);
     let program = Program {
         file: program,
         argv: &ARGV,

@@ -25,15 +25,24 @@ const READER_POLL: Duration = Duration::from_millis(5);
 /// Where one output of the task goes.
 #[derive(Debug)]
 pub(super) enum Output {
-    /// A pipe whose reader is there, owned by the task's user; and a reader of ours, who never reads.
+    /// A pipe whose reader is there; and a reader of ours.
     Fifo {
         pipe: OwnedFd,
-        reader: OwnedFd,
+        reader: Reader,
     },
     Given(OwnedFd),
     /// The journal's socket, until `join_journal`.
     Journal(OwnedFd),
     Null,
+}
+
+/// A reader of Nomad's FIFO, which never reads: as long as there is one, a task whose log collector dies gets no SIGPIPE.
+/// The FIFO is the task's user's for as long as the start goes well.
+#[derive(Debug)]
+pub(super) struct Reader {
+    fifo: OwnedFd,
+    /// Whom it goes back to.
+    owner: Option<(Uid, Gid)>,
 }
 
 /// Descriptors 0, 1 and 2 of the task.
@@ -166,11 +175,14 @@ fn fifo(path: &Path, order: &Order) -> Result<Output, Failure> {
         )));
     }
     let pipe = open_writer(&found, path)?;
-    give_to_user(&pipe, order).at_path(Step::Open, path)?;
     rustix::fs::fcntl_setfl(&pipe, OFlags::WRONLY).at_path(Step::Open, path)?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let reader = rustix::fs::open(itself(&found), flags, Mode::empty());
-    let reader = reader.at_path(Step::Open, path)?;
+    let reader = Reader {
+        fifo: reader.at_path(Step::Open, path)?,
+        owner: Some((Uid::from_raw(status.st_uid), Gid::from_raw(status.st_gid))),
+    };
+    give_to_user(&pipe, order).at_path(Step::Open, path)?;
     Ok(Output::Fifo { pipe, reader })
 }
 
@@ -221,6 +233,22 @@ fn itself(found: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", found.as_raw_fd())
 }
 
+impl Reader {
+    /// The task has started: its user keeps the FIFO.
+    pub fn keep(&mut self) {
+        self.owner = None;
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        if let Some((user, group)) = self.owner {
+            // Whoever cannot give it back any more has said why the start failed.
+            let _ = fchown(&self.fifo, Some(user), Some(group));
+        }
+    }
+}
+
 impl Standard {
     /// Puts them in place, in the process that will be the task.
     pub fn install(&self) -> Result<(), Failure> {
@@ -233,8 +261,8 @@ impl Standard {
         nix::unistd::dup2_stderr(output(1)).at(Step::Signals)
     }
 
-    /// For the supervisor to hold: as long as there is a reader, a task whose log collector dies gets no SIGPIPE.
-    pub fn into_readers(self) -> Vec<OwnedFd> {
+    /// For the supervisor to hold.
+    pub fn into_readers(self) -> Vec<Reader> {
         let reader = |output| match output {
             Output::Fifo { reader, .. } => Some(reader),
             Output::Given(_) | Output::Journal(_) | Output::Null => None,

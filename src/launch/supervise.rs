@@ -1,16 +1,18 @@
 //! The parent of a task, PID 1 of its namespace: reports whether the command was executed, reaps orphans, and writes the exit
 //! record. It keeps what the task's rules need alive, holds no capability, and outlives the plugin.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::process::{
     DumpableBehavior, Pid, PidfdFlags, WaitOptions, WaitStatus, pidfd_open, set_dumpable_behavior,
     wait,
 };
+use rustix::thread::CapabilitySet;
 
 use super::cgroup::Memory;
-use super::report::{self, At, Failure, News};
+use super::report::{self, At, Failure, News, Word};
+use super::stdio::Reader;
 use super::{give_up, privileges};
 use crate::plan::steps::Step;
 use crate::record::{self, Exit};
@@ -32,7 +34,7 @@ pub(super) struct Watch {
     pub memory: Memory,
     pub page: SharedPage,
     /// Held, so that the task's log pipes always have a reader.
-    pub _log_readers: Vec<OwnedFd>,
+    pub log_readers: Vec<Reader>,
 }
 
 pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
@@ -47,12 +49,13 @@ pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
     // Landlock rules below /proc die with their inodes, which these descriptors hold.
     let _held = match started {
         Ok((pidfd, held)) => {
-            // The task runs, whether or not the plugin is there to hear of it.
-            let _ = report::started(&control, pidfd.as_fd());
-            drop(control);
+            commit(control, pidfd.as_fd(), &mut watch.log_readers);
             held
         }
-        Err(failure) => give_up(&control, &failure),
+        Err(failure) => {
+            drop(watch.log_readers);
+            give_up(&control, &failure)
+        }
     };
     sys::trim_heap();
 
@@ -62,6 +65,8 @@ pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
         signal: status.terminating_signal().unwrap_or(0),
         oom_kills: watch.memory.oom_kills(),
         memory_peak_bytes: watch.memory.peak_bytes(),
+        memory_max_bytes: watch.memory.max_bytes(),
+        was_terminated: sys::take_signal_of_outside(libc::SIGTERM),
         ended_unix_nanos: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos() as u64),
@@ -71,12 +76,29 @@ pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
     sys::exit_now(0)
 }
 
+/// Hands the task over to the plugin. If that died before it could find the task again, nothing of the task stays.
+fn commit(control: OwnedFd, main: BorrowedFd<'_>, log_readers: &mut Vec<Reader>) {
+    let word = report::started(&control, main).and_then(|()| report::wait_for_commit(&control));
+    if !matches!(word, Ok(Word::Given)) {
+        log_readers.clear();
+        // The kernel ends the command, and whatever it has started by now.
+        sys::exit_now(1);
+    }
+    log_readers.iter_mut().for_each(Reader::keep);
+    if privileges::keep_capabilities(CapabilitySet::empty()).is_err() {
+        sys::exit_now(1);
+    }
+}
+
 /// Becomes as uninteresting as possible, to the task and to the OOM killer.
 fn withdraw(host_proc: &OwnedFd) -> Result<(), Failure> {
     let _ = rustix::thread::set_name(c"exec2-supervise");
     // Refused where the plugin itself may not lower it (no CAP_SYS_RESOURCE); then it keeps what it has.
     let _ = privileges::set_oom_score_adj(host_proc, OOM_SCORE_ADJ);
-    privileges::drop_capabilities().at(Step::Fork)?;
+    // What it takes to give Nomad's log pipes back, until the start is done.
+    privileges::keep_capabilities(CapabilitySet::CHOWN).at(Step::Fork)?;
+    // From here on a SIGTERM of the outside is not lost, but waits to be found: systemd sends it to all of a scope.
+    sys::block_signal(libc::SIGTERM).at(Step::Fork)?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Fork)
 }
 

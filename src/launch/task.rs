@@ -12,6 +12,7 @@ use super::place::TaskRoot;
 use super::privileges;
 use super::report::{self, At, Failure};
 use super::stdio::Standard;
+use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
 use crate::sys;
 
@@ -34,23 +35,35 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
         stdio,
         command,
     } = prepared;
+    breakpoint::at(Step::Session);
     setsid().at(Step::Session)?;
     stdio.install()?;
+    breakpoint::at(Step::OomScore);
     // Before the user changes: after that, /proc/self belongs to root until exec.
     privileges::set_oom_score_adj(host_proc, order.oom_score_adj)
         .at_path(Step::OomScore, order.oom_score_adj.to_string())?;
+    breakpoint::at(Step::Bounding);
     privileges::cut_bounding(order.bounding)?;
+    breakpoint::at(Step::Groups);
     privileges::set_groups([order.gid; 3])?;
+    breakpoint::at(Step::User);
     privileges::set_user(order.uid)?;
+    breakpoint::at(Step::Keyring);
     privileges::leave_session_keyring()?;
+    breakpoint::at(Step::Ambient);
     privileges::keep_only(order.uid, order.bounding, order.ambient)?;
+    breakpoint::at(Step::WorkDir);
     enter_work_dir(order, root)?;
+    breakpoint::at(Step::Rules);
     let rules = Rules::open(order, root, stdio.fifos())?;
     rules.hold(|descriptors| report::hold(channel, descriptors))?;
+    breakpoint::at(Step::Restrict);
     rules.restrict()?;
+    breakpoint::at(Step::Signals);
     // Signals were reset when the helper began, where it cost the task nothing; no code since has changed them.
     set_limits(order)?;
     sys::close_on_exec_from(3).at(Step::Signals)?;
+    breakpoint::at(Step::Exec);
     Err(command.execute())
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// The steps of a task's start, in the order in which they happen. Steps 1 to 3 are the plugin's; 4 to 9 are the
+/// The steps of a task's start, in the order in which they happen. Steps 1 to 3 and the last are the plugin's; 4 to 9 are the
 /// helper's while it is still charged to the plugin; from 10 on it is inside the scope; from 13 on it is the task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
@@ -34,11 +34,12 @@ pub enum Step {
     Restrict,
     Signals,
     Exec,
+    Commit,
 }
 
 impl Step {
     /// Every step with what it does, in order: the list that the README quotes.
-    pub const ALL: [(Step, &'static str); 24] = [
+    pub const ALL: [(Step, &'static str); 25] = [
         (
             Step::Plan,
             "decide everything that will happen, from the job, the plugin's configuration and facts of the host",
@@ -105,6 +106,10 @@ impl Step {
             "reset signal mask, dispositions and resource limits",
         ),
         (Step::Exec, "exec the command"),
+        (
+            Step::Commit,
+            "keep the task: until here the supervisor ends it if the plugin dies, and nothing of it stays",
+        ),
     ];
 
     /// Its number in the list, counted from 1.
@@ -139,6 +144,7 @@ impl Step {
             Step::Restrict => "Landlock",
             Step::Signals => "signals and limits",
             Step::Exec => "command",
+            Step::Commit => "commit",
         }
     }
 }

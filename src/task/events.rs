@@ -3,12 +3,23 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
+use tracing::info;
+
+use super::start::Phases;
 use super::table::{Ended, Task, TaskTable};
 use super::types::{Names, Severity, TaskEvent, TaskId, TaskRequest};
 use crate::plan::unit::UnitName;
+use crate::text::UnitText;
 
 impl TaskTable {
-    pub(super) fn tell_start(&self, task: &Task) {
+    pub(super) fn tell_start(&self, task: &Task, phases: &Phases) {
+        info!(
+            task_id = %UnitText::new(task.id.as_str()),
+            unit = %task.unit,
+            pid = task.main.pid,
+            %phases,
+            "task started"
+        );
         let message = format!("Started in {}", task.unit);
         self.send(&task.id, &task.names, &task.unit, Severity::Info, message);
     }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -205,25 +205,27 @@ pub(super) fn record_path(unit: &UnitName) -> PathBuf {
     Path::new(RUN_DIR).join("records").join(unit.as_str())
 }
 
-/// Makes the record's page, all of it allocated: its writer must not fail for a full /run.
+/// Makes the record's page, all of it allocated: its writer must not fail for a full /run. It has no name until `keep_record`.
 pub(super) fn create_record(path: &Path) -> io::Result<File> {
     let dir = path.parent().unwrap_or(path);
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    // One of an earlier life of this very id is stale.
-    remove_record(path);
     let file = OpenOptions::new()
         .read(true)
         .write(true)
-        .create_new(true)
+        .custom_flags(libc::O_TMPFILE)
         .mode(0o600)
-        .open(path)?;
-    match file.write_all_at(&record::open(), 0) {
-        Ok(()) => Ok(file),
-        Err(error) => {
-            remove_record(path);
-            Err(error)
-        }
-    }
+        .open(dir)?;
+    file.write_all_at(&record::open(), 0)?;
+    Ok(file)
+}
+
+/// Gives the record its name.
+pub(super) fn keep_record(record: &File, path: &Path) -> io::Result<()> {
+    use rustix::fs::{AtFlags, CWD, linkat};
+    // One of an earlier life of this very id is stale.
+    remove_record(path);
+    let itself = format!("/proc/self/fd/{}", record.as_raw_fd());
+    Ok(linkat(CWD, itself, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
 }
 
 pub(super) fn remove_record(path: &Path) {

@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 
+use nomad_driver_exec2::plan::steps::Order;
 use nomad_driver_exec2::record::Record;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::stage::{Stage, await_readable, field, until};
+use crate::stage::{Changed, DYNAMIC, Stage, await_readable, field, until};
 
 #[test]
 fn a_command_runs_and_its_exit_code_is_recorded() {
@@ -87,6 +89,64 @@ fn a_task_outlives_the_plugins_end_of_the_control_socket() {
     gate.write_all(b"go\n").unwrap();
     let outcome = task.end();
     assert_eq!((outcome.exit.code, &*outcome.stdout), (5, "heard go\n"));
+}
+
+#[test]
+fn a_task_that_nobody_commits_ends_and_gives_the_log_pipes_back() {
+    let stage = Stage::new();
+    let script = "(setsid sleep 600 &); echo up; exec sleep 600";
+    let helper = stage.spawn(&stage.script(script), None).unwrap();
+    let mut task = helper.go_uncommitted().unwrap();
+    task.says("up");
+    assert_eq!(owner(&stage), DYNAMIC);
+    task.hang_up();
+    await_readable(&task.main);
+    assert_eq!(task.supervisor.reap(), 1);
+    assert_eq!(stage.read_record(), Record::Open);
+    assert_eq!(owner(&stage), 0);
+}
+
+#[test]
+fn the_log_pipes_of_a_start_that_fails_are_given_back() {
+    // Before the scope, after the fork, and at the very end.
+    let stage = Stage::new();
+    let orders = [
+        Order {
+            network_namespace: Some("/no/such/namespace".into()),
+            ..stage.idle()
+        },
+        stage.idle().unveiling("r", "/no/such/path"),
+        stage.order("/no/such/program", &[]),
+    ];
+    for order in orders {
+        stage.fails(&order);
+        assert_eq!(owner(&stage), 0, "{order:?}");
+    }
+    let helper = stage.spawn(&stage.idle(), None).unwrap();
+    until("the helper is parked", || owner(&stage) == DYNAMIC);
+    drop(helper.control);
+    assert_eq!(helper.supervisor.reap(), 0);
+    assert_eq!(owner(&stage), 0);
+}
+
+/// What `systemctl stop` does to a scope is told from what a task does to itself.
+#[test]
+fn a_sigterm_of_the_outside_to_all_is_recorded() {
+    let stage = Stage::new();
+    let task = stage.start(&stage.idle()).unwrap();
+    pidfd_send_signal(&task.supervisor.pidfd, Signal::TERM).unwrap();
+    task.signal(Signal::TERM);
+    let exit = task.end().exit;
+    assert_eq!((exit.signal, exit.was_terminated), (15, true));
+
+    let stage = Stage::new();
+    let order = stage.script("kill -TERM 1; kill -TERM $$").as_root();
+    let exit = stage.run(&order).exit;
+    assert_eq!((exit.signal, exit.was_terminated), (15, false));
+}
+
+fn owner(stage: &Stage) -> u32 {
+    fs::metadata(stage.fifo("stdout")).unwrap().uid()
 }
 
 #[test]

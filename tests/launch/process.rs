@@ -8,7 +8,7 @@ use nomad_driver_exec2::plan::steps::{Order, Tree};
 use rustix::fs::Mode;
 use rustix::process::{Pid, getsid, umask};
 
-use crate::stage::{Changed, DYNAMIC, Stage, Task, field};
+use crate::stage::{Changed, DYNAMIC, Stage, Task, field, until};
 
 /// Says "up" and stops, with nothing but its standard descriptors open.
 const STOPS: &str = "echo up; kill -STOP $$";
@@ -48,6 +48,10 @@ fn task_and_supervisor_share_namespaces_that_are_not_the_hosts() {
 fn the_supervisor_is_nothing_to_a_task() {
     let stage = Stage::new();
     let task = stage.start(&stage.idle().as_root()).unwrap();
+    // What it takes to undo the start goes when the start is committed, and it is not told when that is read.
+    until("it drops the last capability", || {
+        field(&supervisor(&task, "status"), "CapPrm") == "0000000000000000"
+    });
     let status = supervisor(&task, "status");
     for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
         assert_eq!(field(&status, set), "0000000000000000", "{set}");

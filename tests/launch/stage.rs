@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use nomad_driver_exec2::launch::report::{Failure, Message, receive, release};
+use nomad_driver_exec2::launch::report::{Failure, Message, commit, receive, release};
 use nomad_driver_exec2::launch::{Parked, spawn};
 use nomad_driver_exec2::plan::capabilities::{Capabilities, Subject};
 use nomad_driver_exec2::plan::steps::{Order, Place, Rule, Source, Stdio, TaskDir};
@@ -291,7 +291,14 @@ impl<'a> Helper<'a> {
         }
     }
 
-    pub fn go(mut self) -> Result<Task<'a>, Failure> {
+    pub fn go(self) -> Result<Task<'a>, Failure> {
+        let task = self.go_uncommitted()?;
+        commit(task.control.as_ref().unwrap()).unwrap();
+        Ok(task)
+    }
+
+    /// Up to where the plugin has yet to say that the task stays.
+    pub fn go_uncommitted(mut self) -> Result<Task<'a>, Failure> {
         release(&self.control).unwrap();
         match self.next() {
             Some((Message::Started, Some(main))) => Ok(Task {
