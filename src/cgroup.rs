@@ -88,6 +88,34 @@ impl Cgroup {
         }
     }
 
+    /// Whether its processes stand still, by its own freezer or an ancestor's.
+    pub fn is_frozen(&self) -> bool {
+        let events = self.read("cgroup.events").unwrap_or_default();
+        field(&events, "frozen") == Some(1)
+    }
+
+    /// Lets its processes run again, unless an ancestor is frozen, too.
+    pub fn thaw(&self) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.freeze"), "0")
+    }
+
+    /// The processes in it and below it; none if it is gone.
+    pub fn processes(&self) -> Vec<u32> {
+        let own = self.read("cgroup.procs").unwrap_or_default();
+        let mut pids: Vec<u32> = own.lines().filter_map(|pid| pid.parse().ok()).collect();
+        let below = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        for entry in below {
+            pids.extend(Self { path: entry.path() }.processes());
+        }
+        pids
+    }
+
+    /// Whether a process is in it or below it.
+    pub fn holds(&self, pid: u32) -> bool {
+        Self::of_process(pid).is_ok_and(|cgroup| cgroup.path.starts_with(&self.path))
+    }
+
     /// SIGKILL to every process in it and below it (Linux 5.14); none are left to kill if it is gone.
     pub fn kill(&self) -> io::Result<()> {
         match fs::write(self.path.join("cgroup.kill"), "1") {
@@ -106,6 +134,11 @@ impl Cgroup {
             file_bytes: field(&stat, "file"),
             kernel_bytes: field(&stat, "kernel"),
         }
+    }
+
+    /// Processes in it and below it that the OOM killer ended; `None` without the controller, and once the cgroup is gone.
+    pub fn oom_kills(&self) -> Option<u64> {
+        field(&self.read("memory.events").ok()?, "oom_kill")
     }
 
     /// `None` once the cgroup is gone.

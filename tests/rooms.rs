@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use nomad_driver_exec2::config::schema;
 use nomad_driver_exec2::plan::steps::Step;
 use nomad_driver_exec2::plan::unveil;
+use nomad_driver_exec2::task::StopStep;
 
 /// A room, the rooms of ours it may use, and the crates it may use beside std.
 struct Room {
@@ -16,11 +17,16 @@ struct Room {
     crates: &'static [&'static str],
 }
 
-const ROOMS: [Room; 15] = [
+const ROOMS: [Room; 16] = [
     Room {
         name: "sys",
         rooms: &[],
         crates: &["libc", "nix", "rustix", "tokio"],
+    },
+    Room {
+        name: "breakpoint",
+        rooms: &[],
+        crates: &[],
     },
     Room {
         name: "text",
@@ -71,6 +77,7 @@ const ROOMS: [Room; 15] = [
     Room {
         name: "launch",
         rooms: &[
+            "breakpoint",
             "cgroup::unified",
             "mountinfo",
             "plan::steps",
@@ -90,7 +97,16 @@ const ROOMS: [Room; 15] = [
     Room {
         name: "task",
         rooms: &[
-            "cgroup", "config", "host", "launch", "plan", "record", "sys", "systemd", "text",
+            "breakpoint",
+            "cgroup",
+            "config",
+            "host",
+            "launch",
+            "plan",
+            "record",
+            "sys",
+            "systemd",
+            "text",
             "users",
         ],
         crates: &[
@@ -280,6 +296,17 @@ fn the_readme_quotes_the_steps_of_a_start() {
         "README.md lacks this list:\n{}",
         list.join("\n")
     );
+}
+
+#[test]
+fn the_readme_quotes_the_steps_of_an_end() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let list: Vec<String> = (1..)
+        .zip(StopStep::ALL)
+        .map(|(number, (_, what))| format!("{number}. {what}"))
+        .collect();
+    let list = list.join("\n");
+    assert!(readme.contains(&list), "README.md lacks this list:\n{list}");
 }
 
 #[test]

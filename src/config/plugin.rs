@@ -13,6 +13,7 @@ pub struct PluginConfig {
     pub unveil_by_task: bool,
     pub allow_caps: Vec<String>,
     pub pids_max: u32,
+    pub signal_all: bool,
 }
 
 impl Default for PluginConfig {
@@ -24,6 +25,7 @@ impl Default for PluginConfig {
             unveil_by_task: false,
             allow_caps: Vec::new(),
             pids_max: 16_384,
+            signal_all: false,
         }
     }
 }

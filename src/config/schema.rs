@@ -99,6 +99,12 @@ pub const PLUGIN: &[Key] = &[
         presence: Presence::Default("16384"),
         doc: "How many processes and threads each task may have.",
     },
+    Key {
+        name: "signal_all",
+        kind: Kind::Bool,
+        presence: Presence::Default("false"),
+        doc: "Send Nomad's signals (`kill_signal`, `change_signal`, `nomad alloc signal`) to every process of a task, not to its main process alone.",
+    },
 ];
 
 /// `task { config { … } }`.

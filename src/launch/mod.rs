@@ -40,7 +40,7 @@ const CONTROL: RawFd = 3;
 const RECORD: RawFd = 4;
 const ORDER: RawFd = 5;
 const OUTPUT: [RawFd; 2] = [6, 7];
-#[cfg(debug_assertions)]
+/// A debug build's alone, for tests.
 const BREAKPOINTS: RawFd = 8;
 
 /// The helper's whole life. `main` calls it before there is any thread, parser or logger.
@@ -56,10 +56,7 @@ pub fn run() -> ! {
         );
         sys::exit_now(2);
     };
-    #[cfg(debug_assertions)]
-    if let Ok(test) = sys::inherited(BREAKPOINTS) {
-        breakpoint::adopt(test);
-    }
+    breakpoint::adopt(sys::inherited(BREAKPOINTS));
     let ready = prepare().and_then(|ready| {
         breakpoint::at(Step::Release);
         report::parked(&control).at(Step::Release)?;

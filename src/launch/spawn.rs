@@ -9,10 +9,9 @@ use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-#[cfg(debug_assertions)]
-use super::BREAKPOINTS;
 use super::report::{At, EXEC_FAILED, Failure};
-use super::{CONTROL, OUTPUT};
+use super::{BREAKPOINTS, CONTROL, OUTPUT};
+use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
 use crate::sys::{self, Program};
 
@@ -64,10 +63,11 @@ pub fn spawn(
         debug_assert_eq!(descriptors.len(), OUTPUT[0] as usize);
         descriptors.extend(output.iter().map(AsFd::as_fd));
     }
-    #[cfg(debug_assertions)]
-    let test = crate::breakpoint::for_helper();
-    #[cfg(debug_assertions)]
-    crate::breakpoint::place(&mut descriptors, null, test.as_ref(), BREAKPOINTS);
+    let test = breakpoint::for_helper();
+    if let Some(test) = &test {
+        descriptors.resize(BREAKPOINTS as usize, null);
+        descriptors.push(test.as_fd());
+    }
     let program = Program {
         file: program,
         argv: &ARGV,

@@ -6,6 +6,7 @@ use thiserror::Error;
 /// What Nomad means by no `kill_signal`.
 pub const DEFAULT_KILL: i32 = 2;
 pub const KILL: i32 = 9;
+pub const CONT: i32 = 18;
 
 /// glibc's bounds; the two below RTMIN are its own.
 const RTMIN: i32 = 34;

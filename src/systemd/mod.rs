@@ -213,6 +213,14 @@ impl Systemd {
         }
     }
 
+    /// Lets a frozen scope run again.
+    pub async fn thaw(&self, unit: &UnitName) -> Result<(), SystemdError> {
+        let _turn = self.calls.acquire().await;
+        let bus = self.bus().await?;
+        let thawed = bus.manager.thaw_unit(unit.as_str());
+        self.call(&bus, "ThawUnit", unit.as_str(), thawed).await
+    }
+
     /// Lets a failed unit go, so that its name is free; one that is not there is not failed.
     pub async fn reset_failed(&self, unit: &UnitName) -> Result<(), SystemdError> {
         let _turn = self.calls.acquire().await;

@@ -29,6 +29,8 @@ pub(super) trait Manager {
 
     fn reset_failed_unit(&self, name: &str) -> zbus::Result<()>;
 
+    fn thaw_unit(&self, name: &str) -> zbus::Result<()>;
+
     fn stop_unit(&self, name: &str, mode: &str) -> zbus::Result<OwnedObjectPath>;
 
     #[zbus(signal)]

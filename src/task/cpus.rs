@@ -4,23 +4,17 @@
 //! Each scope, not their slice: what systemd writes for a property of a running unit goes with a transient one, while it would
 //! stay for the slice, and an operator's AllowedCPUs for the slice bounds those of its scopes.
 
-use std::io;
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use tokio::io::unix::AsyncFd;
+use rustix::fs::inotify::WatchFlags;
 use tracing::{debug, warn};
 
 use super::table::{Task, TaskTable, lock};
+use super::watches::Watches;
 use crate::cgroup::Cgroup;
 use crate::plan::limits::{self, Cpus, List};
 use crate::plan::unit::{SHARE_SLICE, SLICE};
-use crate::sys;
 use crate::systemd::SystemdError;
 
 const NOMAD_SLICE: &str = "/nomad.slice";
@@ -37,27 +31,13 @@ impl TaskTable {
         (share != all).then_some(share)
     }
 
-    /// Brings running tasks to the CPUs that they are left now, and goes on to for as long as we live. Comes with a task: Nomad
-    /// starts plugins that must touch nothing.
-    pub(super) fn follow_cpus(&self) {
-        self.shared.cpus_changed.notify_one();
-        if !self.shared.is_following_cpus.swap(true, Ordering::Relaxed) {
-            tokio::spawn(self.clone().keep_cpus());
-        }
-    }
-
-    async fn keep_cpus(self) {
-        let watch = Watch::new();
-        if let Err(error) = &watch {
-            warn!(
-                "inotify: {error}; running tasks learn of newly reserved CPUs at the next start of a task only"
-            );
-        }
+    /// Brings running tasks to the CPUs that they are left now, and goes on to for as long as we live.
+    pub(super) async fn keep_cpus(self, watches: Option<Arc<Watches>>) {
         let (mut is_done, mut pause) = (true, AGAIN);
         loop {
-            if let Ok(watch) = &watch {
+            if let Some(watches) = &watches {
                 // Before the look, so that no change after it goes unseen.
-                watch.renew();
+                watch_nomad(watches);
             }
             let fitted = self.fit_all().await;
             // Once, however long the bus is away.
@@ -73,7 +53,6 @@ impl TaskTable {
             };
             tokio::select! {
                 () = self.shared.cpus_changed.notified() => {}
-                () = changed(watch.as_ref().ok()) => {}
                 () = tokio::time::sleep(pause), if !is_done => {}
             }
         }
@@ -140,60 +119,12 @@ pub(super) fn effective(cgroup: &Cgroup) -> Option<Cpus> {
     limits::cpus(&cgroup.effective_cpus()?).ok().flatten()
 }
 
-/// Nomad's file, and the directories that it may first have to appear in.
-#[derive(Debug)]
-struct Watch {
-    inotify: AsyncFd<OwnedFd>,
-    places: [(PathBuf, WatchFlags); 3],
-}
-
-impl Watch {
-    fn new() -> io::Result<Self> {
-        let inotify = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        let path = |cgroup: &str| Cgroup::at(cgroup).path().to_owned();
-        Ok(Self {
-            inotify: sys::readable(inotify)?,
-            places: [
-                (path("/"), WatchFlags::CREATE),
-                (path(NOMAD_SLICE), WatchFlags::CREATE),
-                // Only what userspace writes raises an event, and this file Nomad writes.
-                (path(NOMAD_SHARE).join("cpuset.cpus"), WatchFlags::MODIFY),
-            ],
-        })
-    }
-
-    /// Watches what is there by now; what is watched already stays so. From the outside in: what appears after the look at
-    /// its place raises an event there.
-    fn renew(&self) {
-        for (path, what) in &self.places {
-            self.add(path, *what);
-        }
-    }
-
-    fn add(&self, path: &Path, what: WatchFlags) {
-        match inotify::add_watch(self.inotify.as_fd(), path, what) {
-            Err(error) if error != rustix::io::Errno::NOENT => {
-                warn!("inotify: {}: {error}", path.display());
-            }
-            _ => {}
-        }
-    }
-}
-
-/// Until something happened in one of the places; never without a watch.
-async fn changed(watch: Option<&Watch>) {
-    let Some(watch) = watch else {
-        return std::future::pending().await;
-    };
-    // What happened does not matter: everything is read again.
-    let mut buffer = [MaybeUninit::uninit(); 4096];
-    let drained = watch
-        .inotify
-        .async_io(tokio::io::Interest::READABLE, |inotify| {
-            Ok(rustix::io::read(inotify, &mut buffer).map(drop)?)
-        });
-    if let Err(error) = drained.await {
-        warn!("inotify: {error}");
-        std::future::pending::<()>().await;
-    }
+/// Nomad's file, and the directories that it may first have to appear in. From the outside in: what appears after the look
+/// at its place raises an event there.
+fn watch_nomad(watches: &Watches) {
+    let path = |cgroup: &str| Cgroup::at(cgroup).path().to_owned();
+    watches.add(&path("/"), WatchFlags::CREATE);
+    watches.add(&path(NOMAD_SLICE), WatchFlags::CREATE);
+    // Only what userspace writes raises an event, and this file Nomad writes.
+    watches.add(&path(NOMAD_SHARE).join("cpuset.cpus"), WatchFlags::MODIFY);
 }

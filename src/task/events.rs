@@ -1,20 +1,21 @@
 //! What an operator reads in `nomad alloc status` about a task, besides Nomad's own words.
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::fmt;
+use std::time::{Duration, Instant, SystemTime};
 
-use tracing::info;
+use tracing::{info, warn};
 
-use super::start::Phases;
 use super::table::{Ended, Task, TaskTable};
-use super::types::{Names, Severity, TaskEvent, TaskId, TaskRequest};
+use super::types::{Names, Severity, TaskEvent, TaskId};
 use crate::plan::unit::UnitName;
 use crate::text::UnitText;
 
 impl TaskTable {
     pub(super) fn tell_start(&self, task: &Task, phases: &Phases) {
         info!(
-            task_id = %UnitText::new(task.id.as_str()),
+            alloc_id = %UnitText::new(&task.names.alloc_id),
+            task = %UnitText::new(&task.names.task),
             unit = %task.unit,
             pid = task.main.pid,
             %phases,
@@ -25,30 +26,32 @@ impl TaskTable {
     }
 
     pub(super) fn tell_end(&self, task: &Task, ended: &Ended) {
-        if ended.result.oom_killed {
-            let message = format!(
-                "{} was ended by the kernel's OOM killer: it reached its memory limit, or the host had none left",
-                task.unit
-            );
-            self.send(
-                &task.id,
-                &task.names,
-                &task.unit,
-                Severity::Warning,
-                message,
-            );
-        }
+        let result = &ended.result;
+        info!(
+            alloc_id = %UnitText::new(&task.names.alloc_id),
+            task = %UnitText::new(&task.names.task),
+            unit = %task.unit,
+            exit_code = result.code,
+            signal = result.signal,
+            oom_killed = result.oom_killed,
+            "task ended"
+        );
     }
 
-    /// About a task that is being started.
-    pub(super) fn warn(&self, request: &TaskRequest, unit: &UnitName, message: String) {
-        self.send(
-            &request.id,
-            &request.names,
-            unit,
-            Severity::Warning,
-            message,
+    /// Something about a task that an operator should see.
+    pub(super) fn tell(&self, task: &Task, message: String) {
+        self.warn(&task.id, &task.names, &task.unit, message);
+    }
+
+    /// The same about one that is being started.
+    pub(super) fn warn(&self, id: &TaskId, names: &Names, unit: &UnitName, message: String) {
+        warn!(
+            alloc_id = %UnitText::new(&names.alloc_id),
+            task = %UnitText::new(&names.task),
+            %unit,
+            "{message}"
         );
+        self.send(id, names, unit, Severity::Warning, message);
     }
 
     fn send(
@@ -70,5 +73,38 @@ impl TaskTable {
         };
         // Nobody listens while no agent is connected.
         let _ = self.shared.events.send(event);
+    }
+}
+
+/// How long each part of a start took.
+#[derive(Debug)]
+pub(super) struct Phases {
+    last: Instant,
+    ended: Vec<(&'static str, Duration)>,
+}
+
+impl Phases {
+    pub fn new() -> Self {
+        Self {
+            last: Instant::now(),
+            ended: Vec::new(),
+        }
+    }
+
+    pub fn end(&mut self, name: &'static str) {
+        let now = Instant::now();
+        self.ended.push((name, now.duration_since(self.last)));
+        self.last = now;
+    }
+}
+
+/// `plan 0.3 ms, spawn 1.2 ms`.
+impl fmt::Display for Phases {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (name, time)) in self.ended.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{name} {:.1} ms", time.as_secs_f64() * 1e3)?;
+        }
+        Ok(())
     }
 }

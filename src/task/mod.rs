@@ -5,6 +5,8 @@ mod dir;
 mod driver;
 mod events;
 mod fingerprint;
+mod helper;
+mod oom;
 mod recover;
 mod start;
 pub mod state;
@@ -13,6 +15,7 @@ mod stop;
 mod table;
 pub mod types;
 mod wait;
+mod watches;
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -22,6 +25,7 @@ use tokio_stream::Stream;
 
 use crate::config::plugin::PluginConfig;
 pub use start::Output;
+pub use stop::StopStep;
 pub use table::TaskTable;
 use types::{
     Destroy, DriverError, ExitResult, Fingerprint, Saved, TaskEvent, TaskId, TaskRequest,

@@ -2,25 +2,30 @@
 //! same process of the same boot is touched.
 
 use std::os::fd::OwnedFd;
-use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tracing::info;
 
-use super::state::{DriverState, Process, boot_id};
+use super::state::{DriverState, Process, boot_id, invocation_id};
 use super::table::{Task, TaskTable};
 use super::types::{DriverError, Saved, TaskRequest};
+use super::wait::Traces;
 use super::{cpus, wait};
 use crate::cgroup::Cgroup;
-use crate::plan::unit::UnitName;
+use crate::plan::unit::{RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
 use crate::record::Record;
 use crate::text::UnitText;
 
 impl TaskTable {
     /// Takes over a task of an earlier plugin process; one that we have already is fine as it is.
-    pub(super) fn take_over(&self, request: TaskRequest, saved: Saved) -> Result<(), DriverError> {
+    pub(super) async fn take_over(
+        &self,
+        request: TaskRequest,
+        saved: Saved,
+    ) -> Result<(), DriverError> {
         if self.find(&request.id).is_some() {
             return Ok(());
         }
@@ -28,12 +33,21 @@ impl TaskTable {
             .map_err(|error| DriverError::Permanent(error.to_string()))?;
         self.reserve(&request.id)?;
         match revive(&request, &state) {
-            Ok(task) => {
-                let task = self.insert(task);
-                info!(task_id = %UnitText::new(task.id.as_str()), unit = %task.unit, "task recovered");
-                if task.ended().is_none() {
-                    self.watch(task);
-                    self.follow_cpus();
+            Ok((task, end)) => {
+                info!(
+                    alloc_id = %UnitText::new(&task.names.alloc_id),
+                    task = %UnitText::new(&task.names.task),
+                    unit = %task.unit,
+                    "task recovered"
+                );
+                if let Some(record) = end {
+                    let ended = self.conclude(&task, record, Traces::default()).await;
+                    self.tell_end(&task, &ended);
+                    task.exit.send_replace(Some(ended));
+                    self.insert(task);
+                } else {
+                    let task = self.insert(task);
+                    self.follow(task);
                 }
                 Ok(())
             }
@@ -45,7 +59,11 @@ impl TaskTable {
     }
 }
 
-fn revive(request: &TaskRequest, state: &DriverState) -> Result<Task, DriverError> {
+/// The task, and its record if it has ended.
+fn revive(
+    request: &TaskRequest,
+    state: &DriverState,
+) -> Result<(Task, Option<Record>), DriverError> {
     let gone = |why: &str| {
         DriverError::Permanent(format!(
             "{} cannot be recovered: {why}",
@@ -57,8 +75,17 @@ fn revive(request: &TaskRequest, state: &DriverState) -> Result<Task, DriverErro
     if state.boot_id != boot_id() {
         return Err(gone("the host was rebooted, and the task ended with it"));
     }
-    let supervisor_pidfd = open(state.supervisor);
     let cgroup = Cgroup::at(&state.cgroup);
+    // All of it is killed when the task is stopped.
+    if !is_scope(&cgroup, &unit) {
+        return Err(gone("its handle names a cgroup that is not its unit's"));
+    }
+    let now = invocation_id(unit.as_str());
+    let is_known = !now.is_empty() && !state.invocation_id.is_empty();
+    if is_known && now != state.invocation_id {
+        return Err(gone("another unit has its name by now"));
+    }
+    let supervisor_pidfd = open(state.supervisor);
     let task = Task {
         id: request.id.clone(),
         names: request.names.clone(),
@@ -68,22 +95,29 @@ fn revive(request: &TaskRequest, state: &DriverState) -> Result<Task, DriverErro
         main: state.main,
         main_pidfd: open(state.main),
         supervisor_pidfd,
+        is_stopping: AtomicBool::new(false),
         is_killed: AtomicBool::new(false),
+        oom_kills_told: Mutex::new(0),
+        oom_turn: Arc::new(Semaphore::new(1)),
         exit: watch::Sender::new(None),
         unit,
     };
-    if task.supervisor_pidfd.is_none() {
-        match wait::read_record(&task.unit) {
-            Ok(record @ Record::Exited(_)) => {
-                let ended = wait::outcome(&task, record, None);
-                task.exit.send_replace(Some(ended));
-            }
-            Ok(_) => return Err(gone("its supervisor is gone and left no exit record")),
-            // Whoever watches it will read it.
-            Err(_) => {}
-        }
+    if task.supervisor_pidfd.is_some() {
+        return Ok((task, None));
     }
-    Ok(task)
+    match wait::read_record(&task.unit) {
+        Ok(record @ Record::Exited(_)) => Ok((task, Some(record))),
+        Ok(_) => Err(gone("its supervisor is gone and left no exit record")),
+        // Whoever watches it will read it.
+        Err(_) => Ok((task, None)),
+    }
+}
+
+fn is_scope(cgroup: &Cgroup, unit: &UnitName) -> bool {
+    let slices = [SHARE_SLICE, RESERVE_SLICE];
+    slices
+        .map(|slice| Cgroup::at(&format!("{SLICE}/{slice}/{unit}")))
+        .contains(cgroup)
 }
 
 /// A pidfd of this very process. The start time is compared after the open: a pid cannot change its process under an

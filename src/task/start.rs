@@ -1,41 +1,35 @@
 //! StartTask as a transaction: steps 1 to 3 of `plan::steps` and the last one here, the rest in the helper. Whatever fails,
 //! and whenever we die, nothing stays.
 
-use std::fmt;
 use std::fs::File;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::io::Interest;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::cpus;
 use super::dir::{self, Found};
+use super::events::Phases;
+use super::helper::Helper;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
-use super::table::{Task, TaskTable, create_record, keep_record, lock, record_path, send};
+use super::table::{Task, TaskTable, create_record, keep_record, lock, record_path};
 use super::types::{DriverError, Saved, TaskRequest};
 use crate::breakpoint;
 use crate::cgroup::Cgroup;
 use crate::host;
+use crate::launch;
 use crate::launch::report::{self, Failure, Message};
-use crate::launch::{self, Parked};
 use crate::plan::files::Resolver;
 use crate::plan::steps::{Stdio, Step};
-use crate::plan::{Facts, Plan, signal};
-use crate::sys;
+use crate::plan::{Facts, Plan};
 use crate::systemd::{Scope, SystemdError};
 use crate::users::{self, Account, UserError};
 
-/// How long the helper may take for one of its halves: paths of a hung NFS server stall it, and must stall nothing else.
-const HELPER_PATIENCE: Duration = Duration::from_secs(60);
-/// How long a killed helper may take to end before the start goes on without it; it is reaped whenever it does.
-const AFTER_KILL: Duration = Duration::from_secs(2);
 /// How often, and after which pause, the helper's cgroup is looked at where systemd's answer was lost.
 const LOST_ANSWER_PAUSES: u32 = 100;
 const LOST_ANSWER_PAUSE: Duration = Duration::from_millis(20);
@@ -68,8 +62,7 @@ impl TaskTable {
             }) => {
                 let task = self.insert(task);
                 self.tell_start(&task, &phases);
-                self.watch(task);
-                self.follow_cpus();
+                self.follow(task);
                 Ok(Saved {
                     version: state::VERSION,
                     driver_state: state.encode(),
@@ -181,7 +174,7 @@ impl TaskTable {
             match helper.next().await? {
                 (Message::Started, Some(main)) => {
                     for difference in differences {
-                        self.warn(request, &plan.unit, difference);
+                        self.warn(&request.id, &request.names, &plan.unit, difference);
                     }
                     phases.end("exec");
                     let assembled = assemble(request, plan, &helper, cgroup, main)?;
@@ -301,39 +294,6 @@ struct Started {
     phases: Phases,
 }
 
-/// How long each part of a start took.
-#[derive(Debug)]
-pub(super) struct Phases {
-    last: Instant,
-    ended: Vec<(&'static str, Duration)>,
-}
-
-impl Phases {
-    fn new() -> Self {
-        Self {
-            last: Instant::now(),
-            ended: Vec::new(),
-        }
-    }
-
-    fn end(&mut self, name: &'static str) {
-        let now = Instant::now();
-        self.ended.push((name, now.duration_since(self.last)));
-        self.last = now;
-    }
-}
-
-/// `plan 0.3 ms, spawn 1.2 ms`.
-impl fmt::Display for Phases {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, (name, time)) in self.ended.iter().enumerate() {
-            let comma = if index == 0 { "" } else { ", " };
-            write!(f, "{comma}{name} {:.1} ms", time.as_secs_f64() * 1e3)?;
-        }
-        Ok(())
-    }
-}
-
 /// Limits are read back, because an operator's drop-in may win over the call, and a controller may be missing.
 fn differences(plan: &Plan, cgroup: &Cgroup) -> Vec<String> {
     plan.limits.differences(
@@ -382,7 +342,10 @@ fn assemble(
         main: main_process,
         main_pidfd: Some(main),
         supervisor_pidfd: None,
+        is_stopping: AtomicBool::new(false),
         is_killed: AtomicBool::new(false),
+        oom_kills_told: Mutex::new(0),
+        oom_turn: Arc::new(Semaphore::new(1)),
         cpus: Mutex::new(plan.limits.allowed_cpus.clone()),
         exit: watch::Sender::new(None),
     };
@@ -431,74 +394,4 @@ fn look_up(request: &TaskRequest) -> Result<(Account, Found), DriverError> {
         _ => DriverError::Permanent(error.to_string()),
     })?;
     Ok((account, found))
-}
-
-/// The helper between its spawn and the command's exec.
-#[derive(Debug)]
-struct Helper {
-    parked: Parked,
-    /// Without a name yet.
-    record: File,
-}
-
-impl Helper {
-    /// The scope to start around it.
-    fn scope<'a>(&'a self, plan: &'a Plan) -> Scope<'a> {
-        Scope {
-            name: &plan.unit,
-            description: &plan.description,
-            slice: plan.slice,
-            before: plan.before.as_deref(),
-            limits: &plan.limits,
-            pid: self.parked.pid.unsigned_abs(),
-            pidfd: self.parked.pidfd.as_fd(),
-        }
-    }
-
-    /// Its next message.
-    async fn next(&self) -> Result<(Message, Option<OwnedFd>), DriverError> {
-        let failed = |error: io::Error| {
-            DriverError::Transient(format!("the helper cannot be heard: {error}"))
-        };
-        let control = self
-            .parked
-            .control
-            .try_clone()
-            .and_then(sys::readable)
-            .map_err(failed)?;
-        let heard = control.async_io(Interest::READABLE, |control| report::receive(control));
-        match timeout(HELPER_PATIENCE, heard).await {
-            Ok(Ok(Some(message))) => Ok(message),
-            Ok(Ok(None)) => Err(DriverError::Transient(
-                "the helper ended before the command was executed; was it killed?".into(),
-            )),
-            Ok(Err(error)) => Err(failed(error)),
-            Err(_) => Err(DriverError::Transient(format!(
-                "the helper has not started the command within {} s; does a path that the task unveils hang?",
-                HELPER_PATIENCE.as_secs()
-            ))),
-        }
-    }
-
-    /// Ends it and reaps it. All that it made, namespaces and mounts, goes with it.
-    async fn kill(self) {
-        if let Err(error) = send(Some(&self.parked.pidfd), signal::KILL) {
-            warn!("a helper cannot be killed: {error}");
-        }
-        let pidfd = self.parked.pidfd;
-        let reaped = tokio::spawn(super::wait::reaped(pidfd));
-        if timeout(AFTER_KILL, reaped).await.is_err() {
-            warn!(
-                "a killed helper has not ended yet: uninterruptible sleep, as on a hung NFS mount?"
-            );
-        }
-    }
-
-    /// The helper has become the task's supervisor.
-    fn into_task(self, task: Task) -> Task {
-        Task {
-            supervisor_pidfd: Some(self.parked.pidfd),
-            ..task
-        }
-    }
 }

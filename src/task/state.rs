@@ -75,6 +75,14 @@ impl Process {
         Self::of_pid(pid)
     }
 
+    /// Whether a signal has stopped it (SIGSTOP and its like).
+    pub fn is_stopped(self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start());
+        start_ticks(&stat) == Some(self.start_ticks)
+            && state.is_some_and(|state| state.starts_with('T'))
+    }
+
     /// Whether the pid still is this process, running or not yet reaped.
     pub fn is_alive(self) -> bool {
         Self::of_pid(self.pid) == Some(self)

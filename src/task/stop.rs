@@ -1,17 +1,68 @@
 //! Ends tasks: StopTask, SignalTask, DestroyTask. A kill hits the main process first, so that the supervisor can still
 //! write the record, and then the whole scope.
 
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tracing::warn;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tracing::{info, warn};
 
+use super::state::Process;
 use super::table::{Task, TaskTable, record_path, remove_record, send};
 use super::types::{Destroy, DriverError, TaskId};
+use crate::breakpoint;
 use crate::cgroup::Cgroup;
 use crate::plan::signal;
 use crate::plan::unit::{RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
 use crate::text::UnitText;
+
+/// The steps of a task's end, in the order in which they happen: 1 to 6 are StopTask's, 7 and 8 DestroyTask's, which makes
+/// sure of 4 to 6 before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopStep {
+    Thaw,
+    Signal,
+    Grace,
+    Kill,
+    KillAll,
+    Empty,
+    Forget,
+    Unit,
+}
+
+impl StopStep {
+    /// Every step with what it does, in order: the list that the README quotes.
+    pub const ALL: [(StopStep, &'static str); 8] = [
+        (
+            StopStep::Thaw,
+            "let a frozen task run again, so that it hears the signal",
+        ),
+        (
+            StopStep::Signal,
+            "send `kill_signal`, and SIGCONT after it to a task that was stopped",
+        ),
+        (
+            StopStep::Grace,
+            "wait for the main process' end, at most for `kill_timeout`",
+        ),
+        (
+            StopStep::Kill,
+            "send SIGKILL to the main process: its supervisor records the end",
+        ),
+        (
+            StopStep::KillAll,
+            "send SIGKILL to the whole scope, if that has not ended it within 2 s",
+        ),
+        (
+            StopStep::Empty,
+            "wait until no process of the scope is left, at most 10 s",
+        ),
+        (StopStep::Forget, "remove the exit record"),
+        (StopStep::Unit, "have systemd stop the empty scope"),
+    ];
+}
 
 /// How long a killed process may take to end before the rest of its scope is killed. Only one in uninterruptible sleep
 /// takes longer than a moment.
@@ -19,12 +70,14 @@ const AFTER_KILL: Duration = Duration::from_secs(2);
 /// How long the scope may take to empty after that; then the call fails and Nomad tries again.
 const AFTER_KILL_ALL: Duration = Duration::from_secs(10);
 
+/// How often a task's processes are listed for one signal.
+const SIGNAL_ROUNDS: u32 = 100;
+
 /// Before a destroy that failed is tried again.
 const DESTROY_AGAIN: Duration = Duration::from_secs(10);
 
 impl TaskTable {
-    /// Sends `signal` to the main process, and kills the task if it has not ended after `timeout`. Returns when its scope
-    /// is empty.
+    /// Sends `signal`, and kills the task if it has not ended after `timeout`. Returns when its scope is empty.
     pub(super) async fn stop_task(
         &self,
         id: &TaskId,
@@ -39,23 +92,67 @@ impl TaskTable {
             "" => signal::DEFAULT_KILL,
             // A misspelt kill_signal must not make a task unstoppable.
             name => signal::parse(name).unwrap_or_else(|error| {
-                warn!(task_id = %UnitText::new(id.as_str()), "kill_signal: {error}; SIGINT is sent");
+                self.tell(&task, format!("kill_signal: {error}; SIGINT is sent"));
                 signal::DEFAULT_KILL
             }),
         };
-        task.signal(number)?;
+        task.is_stopping.store(true, Ordering::Relaxed);
+        info!(
+            alloc_id = %UnitText::new(&task.names.alloc_id),
+            task = %UnitText::new(&task.names.task),
+            unit = %task.unit,
+            signal = number,
+            kill_timeout_s = timeout.as_secs_f64(),
+            "task is being stopped"
+        );
+        breakpoint::at(StopStep::Thaw);
+        self.thaw(&task).await;
+        breakpoint::at(StopStep::Signal);
+        self.signal_now(&task, number)?;
+        if task.main.is_stopped() {
+            task.signal(signal::CONT)?;
+        }
+        breakpoint::at(StopStep::Grace);
         if !task.ends_within(timeout).await {
+            let message = format!(
+                "{} has not ended within {} s of signal {number}, and is killed",
+                task.unit,
+                timeout.as_secs_f64()
+            );
+            self.tell(&task, message);
             task.kill().await?;
         }
         task.empty().await
     }
 
-    /// Sends a signal to the main process.
+    /// Sends a signal, to whom the operator wants.
     pub(super) fn signal_task(&self, id: &TaskId, signal: &str) -> Result<(), DriverError> {
         let number =
             signal::parse(signal).map_err(|error| DriverError::Permanent(error.to_string()))?;
         let task = self.find(id).ok_or(DriverError::UnknownTask)?;
+        self.signal_now(&task, number)
+    }
+
+    fn signal_now(&self, task: &Task, number: i32) -> Result<(), DriverError> {
+        if self.settings().config.signal_all {
+            task.signal_all(number);
+        }
+        // Alone, or last: whatever it starts in answer is not signalled.
         task.signal(number)
+    }
+
+    /// A frozen process hears nothing but SIGKILL, and a frozen supervisor records nothing.
+    async fn thaw(&self, task: &Task) {
+        if !task.cgroup.is_frozen() {
+            return;
+        }
+        // systemd first: it keeps in mind what it has frozen.
+        if let Err(error) = self.shared.systemd.thaw(&task.unit).await {
+            warn!(unit = %task.unit, "a frozen scope is thawed without systemd: {error}");
+            if let Err(error) = task.cgroup.thaw() {
+                warn!(unit = %task.unit, "cgroup.freeze: {error}");
+            }
+        }
     }
 
     /// Forgets a task and removes all that is left of it. An id that we do not know is cleaned up by its name alone: after
@@ -87,6 +184,8 @@ impl TaskTable {
         let unit = match task {
             Some(task) => {
                 if task.ended().is_none() {
+                    task.is_stopping.store(true, Ordering::Relaxed);
+                    self.thaw(task).await;
                     task.kill().await?;
                 }
                 task.empty().await?;
@@ -105,10 +204,12 @@ impl TaskTable {
         for slice in [SHARE_SLICE, RESERVE_SLICE] {
             empty(&Cgroup::at(&format!("{SLICE}/{slice}/{unit}")), unit).await?;
         }
+        breakpoint::at(StopStep::Forget);
+        remove_record(&record_path(unit));
+        breakpoint::at(StopStep::Unit);
         if let Err(error) = self.shared.systemd.stop(unit).await {
             warn!(%unit, "systemd could not be told to stop an empty scope: {error}");
         }
-        remove_record(&record_path(unit));
         Ok(())
     }
 }
@@ -124,15 +225,52 @@ impl Task {
         })
     }
 
+    /// Sends a signal to every process but the supervisor, which is none of the task's, and the main process. Until no new
+    /// one appears: some may fork meanwhile.
+    fn signal_all(&self, number: i32) {
+        let supervisor = self.supervisor_pidfd.as_ref();
+        let supervisor = supervisor.and_then(|pidfd| Process::of_pidfd(pidfd.as_fd()));
+        let mut seen: BTreeSet<u32> = supervisor
+            .into_iter()
+            .chain([self.main])
+            .map(|process| process.pid)
+            .collect();
+        for _ in 0..SIGNAL_ROUNDS {
+            let new: Vec<u32> = self
+                .cgroup
+                .processes()
+                .into_iter()
+                .filter(|pid| seen.insert(*pid))
+                .collect();
+            if new.is_empty() {
+                return;
+            }
+            for pid in new {
+                let pidfd = i32::try_from(pid)
+                    .ok()
+                    .and_then(Pid::from_raw)
+                    .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+                // The pid may have come to a stranger before it was opened.
+                if let Some(pidfd) = pidfd.filter(|_| self.cgroup.holds(pid))
+                    && let Err(error) = send(Some(&pidfd), number)
+                {
+                    warn!(unit = %self.unit, pid, "cannot be signalled: {error}");
+                }
+            }
+        }
+    }
+
     /// SIGKILL to the main process, then to the scope.
     async fn kill(&self) -> Result<(), DriverError> {
         let failed = |error: std::io::Error| {
             DriverError::Permanent(format!("failed to kill {}: {error}", self.unit))
         };
+        breakpoint::at(StopStep::Kill);
         self.signal(signal::KILL)?;
         if self.ends_within(AFTER_KILL).await {
             return Ok(());
         }
+        breakpoint::at(StopStep::KillAll);
         self.cgroup.kill().map_err(failed)?;
         if self.ends_within(AFTER_KILL_ALL).await {
             return Ok(());
@@ -145,6 +283,7 @@ impl Task {
 
     /// Until no process of the scope is left. The supervisor's end implies it for all that share its PID namespace.
     async fn empty(&self) -> Result<(), DriverError> {
+        breakpoint::at(StopStep::Empty);
         empty(&self.cgroup, &self.unit).await
     }
 }

@@ -7,14 +7,16 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
-use tokio::sync::{Notify, broadcast, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tracing::warn;
 
 use super::fingerprint;
 use super::state::Process;
 use super::types::{DriverError, ExitResult, Fingerprint, Names, TaskEvent, TaskId};
+use super::watches::Watches;
 use crate::cgroup::Cgroup;
 use crate::config::plugin::PluginConfig;
 use crate::plan::limits::{Compute, Cpus, QuotaGrain};
@@ -47,7 +49,8 @@ pub(super) struct Shared {
     pub(super) is_watching_host: AtomicBool,
     /// Something may have changed that the CPUs of tasks without `cores` follow.
     pub(super) cpus_changed: Notify,
-    pub(super) is_following_cpus: AtomicBool,
+    /// Of cgroup files, from the first task on; `None` if there can be none.
+    pub(super) watches: OnceLock<Option<Arc<Watches>>>,
 }
 
 /// What SetConfig brought.
@@ -80,8 +83,14 @@ pub(super) struct Task {
     pub(super) supervisor_pidfd: Option<OwnedFd>,
     /// The CPUs that systemd was last asked to give it; `None` if it never was.
     pub(super) cpus: Mutex<Option<Cpus>>,
+    /// Nomad asked for its end.
+    pub(super) is_stopping: AtomicBool,
     /// We sent it SIGKILL, so that its end by one is not the OOM killer's.
     pub(super) is_killed: AtomicBool,
+    /// Kills of the OOM killer that an event has told of.
+    pub(super) oom_kills_told: Mutex<u64>,
+    /// Held by whoever looks for such kills.
+    pub(super) oom_turn: Arc<Semaphore>,
     pub(super) exit: watch::Sender<Option<Ended>>,
 }
 
@@ -107,7 +116,7 @@ impl TaskTable {
             grain: Mutex::new(QuotaGrain::WholePercent),
             is_watching_host: AtomicBool::new(false),
             cpus_changed: Notify::new(),
-            is_following_cpus: AtomicBool::new(false),
+            watches: OnceLock::new(),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -170,6 +179,31 @@ impl TaskTable {
         let task = Arc::new(task);
         lock(&self.shared.table).insert(task.id.clone(), Entry::Running(task.clone()));
         task
+    }
+
+    /// Takes notice of all that happens to a task that runs. The first one starts what watches over them: Nomad starts plugins
+    /// that must touch nothing.
+    pub(super) fn follow(&self, task: Arc<Task>) {
+        let watches = self.shared.watches.get_or_init(|| match Watches::new() {
+            Ok(watches) => {
+                let watches = Arc::new(watches);
+                tokio::spawn(self.clone().keep_watching(watches.clone()));
+                tokio::spawn(self.clone().keep_cpus(Some(watches.clone())));
+                Some(watches)
+            }
+            Err(error) => {
+                warn!(
+                    "inotify: {error}; running tasks learn of newly reserved CPUs at the next start of a task only, and OOM kills are told of when a task ends"
+                );
+                tokio::spawn(self.clone().keep_cpus(None));
+                None
+            }
+        });
+        if let Some(watches) = watches {
+            watches.add_task(&task);
+        }
+        self.shared.cpus_changed.notify_one();
+        self.watch(task);
     }
 
     pub(super) fn remove(&self, id: &TaskId) {

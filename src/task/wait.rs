@@ -8,15 +8,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use tracing::{error, info};
+use tracing::error;
 
+use super::oom;
 use super::table::{Ended, Task, TaskTable, record_path};
 use super::types::ExitResult;
 use crate::plan::signal;
 use crate::plan::unit::UnitName;
 use crate::record::{self, Record};
 use crate::sys;
-use crate::text::UnitText;
 
 /// Before what failed for want of descriptors is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -29,7 +29,7 @@ impl TaskTable {
             if let Some(pidfd) = &task.supervisor_pidfd {
                 over(pidfd, &task.unit).await;
             }
-            let killed = task.supervisor_pidfd.as_ref().and_then(reap);
+            let traces = Traces::of(&task);
             // Without a descriptor left to read with, the record is there all the same.
             let record = loop {
                 match read_record(&task.unit) {
@@ -40,15 +40,7 @@ impl TaskTable {
                     }
                 }
             };
-            let ended = outcome(&task, record, killed);
-            info!(
-                task_id = %UnitText::new(task.id.as_str()),
-                unit = %task.unit,
-                exit_code = ended.result.code,
-                signal = ended.result.signal,
-                oom_killed = ended.result.oom_killed,
-                "task ended"
-            );
+            let ended = tasks.conclude(&task, record, traces).await;
             tasks.tell_end(&task, &ended);
             task.exit.send_replace(Some(ended));
         });
@@ -118,11 +110,112 @@ fn reap(pidfd: &OwnedFd) -> Option<i32> {
     }
 }
 
-/// The truth about an end. A missing or torn record is a failure, never success.
-pub(super) fn outcome(task: &Task, record: Record, supervisor_killed_by: Option<i32>) -> Ended {
-    let now = SystemTime::now();
-    match (record, supervisor_killed_by) {
-        (Record::Exited(exit), _) => Ended {
+/// What the kernel tells of an end, beside the record.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Traces {
+    /// The signal that killed the supervisor, if it was our child.
+    supervisor_killed_by: Option<i32>,
+    /// The main process' exit, by a pidfd that was opened before it.
+    main: Option<Exit>,
+}
+
+/// An exit code, or the number of a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Exit {
+    code: i32,
+    signal: i32,
+}
+
+impl Exit {
+    const KILLED: Exit = Exit {
+        code: 0,
+        signal: signal::KILL,
+    };
+
+    /// By a wait(2) status.
+    fn of_status(status: i32) -> Exit {
+        if libc::WIFSIGNALED(status) {
+            Exit {
+                code: 0,
+                signal: libc::WTERMSIG(status),
+            }
+        } else {
+            Exit {
+                code: libc::WEXITSTATUS(status),
+                signal: 0,
+            }
+        }
+    }
+}
+
+impl Traces {
+    fn of(task: &Task) -> Traces {
+        let pidfd = task.main_pidfd.as_ref();
+        Traces {
+            supervisor_killed_by: task.supervisor_pidfd.as_ref().and_then(reap),
+            main: pidfd
+                .and_then(|pidfd| sys::exit_status(pidfd.as_fd()))
+                .map(Exit::of_status),
+        }
+    }
+
+    /// Where there is no record. Whoever kills the supervisor kills its whole PID namespace: the main process has died of
+    /// SIGKILL, too, unless the kernel knows better.
+    fn exit(self) -> Option<Exit> {
+        let killed = self.supervisor_killed_by.map(|_| Exit::KILLED);
+        self.main.or(killed)
+    }
+}
+
+impl TaskTable {
+    /// The truth about an end, and what an operator should know of it. A missing or torn record is a failure, never success.
+    pub(super) async fn conclude(&self, task: &Task, record: Record, traces: Traces) -> Ended {
+        let (exit, at, kills) = match (record, traces.exit()) {
+            (Record::Exited(exit), _) => {
+                let at = UNIX_EPOCH + Duration::from_nanos(exit.ended_unix_nanos);
+                let (code, signal) = (exit.code, exit.signal);
+                (Exit { code, signal }, at, Some(exit))
+            }
+            (Record::Open | Record::Torn, Some(exit)) => (exit, SystemTime::now(), None),
+            (Record::Open | Record::Torn, None) => {
+                let error = format!(
+                    "{} ended without an exit record: its supervisor was killed, or /run was emptied",
+                    task.unit
+                );
+                return Ended {
+                    result: ExitResult {
+                        code: 1,
+                        error: Some(error),
+                        ..ExitResult::default()
+                    },
+                    at: SystemTime::now(),
+                };
+            }
+        };
+        let oom_killed = match &kills {
+            Some(record) if record.oom_kills > 0 => self.blame(task, exit, record, at).await,
+            _ => false,
+        };
+        let is_ours = task.is_stopping.load(Ordering::Relaxed);
+        if kills.is_none() && !is_ours {
+            self.tell(
+                task,
+                format!(
+                    "{0} was killed from outside of Nomad, with its supervisor: by `systemctl kill`, by systemd-oomd, or for want of memory on the host; see `journalctl -u {0}`",
+                    task.unit
+                ),
+            );
+        }
+        if kills.is_some_and(|record| record.was_terminated) && !is_ours {
+            self.tell(
+                task,
+                format!(
+                    "{0} was stopped from outside of Nomad: all of it got SIGTERM, as by `systemctl stop` or when the host shuts down; see `journalctl -u {0}`",
+                    task.unit
+                ),
+            );
+        }
+        Ended {
             result: ExitResult {
                 // 128 + n is what a shell and Nomad's own executor say of signal n.
                 code: if exit.signal == 0 {
@@ -131,32 +224,60 @@ pub(super) fn outcome(task: &Task, record: Record, supervisor_killed_by: Option<
                     128 + exit.signal
                 },
                 signal: exit.signal,
-                oom_killed: exit.signal == signal::KILL
-                    && exit.oom_kills > 0
-                    && !task.is_killed.load(Ordering::Relaxed),
+                oom_killed,
                 error: None,
             },
-            at: UNIX_EPOCH + Duration::from_nanos(exit.ended_unix_nanos),
-        },
-        // Whoever kills the supervisor kills its whole PID namespace: the main process has died of SIGKILL, too.
-        (Record::Open, Some(_)) => Ended {
-            result: ExitResult {
-                code: 128 + signal::KILL,
-                signal: signal::KILL,
-                ..ExitResult::default()
-            },
-            at: now,
-        },
-        (Record::Open | Record::Torn, _) => Ended {
-            result: ExitResult {
-                code: 1,
-                error: Some(format!(
-                    "{} ended without an exit record: its supervisor was killed, or /run was emptied",
-                    task.unit
-                )),
-                ..ExitResult::default()
-            },
-            at: now,
-        },
+            at,
+        }
+    }
+
+    /// Tells of the OOM killer's kills; whether the end is its doing.
+    async fn blame(
+        &self,
+        task: &Task,
+        exit: Exit,
+        record: &record::Exit,
+        ended_at: SystemTime,
+    ) -> bool {
+        let victims = oom::victims(task.cgroup.path_in_hierarchy()).await;
+        let (max, peak) = (record.memory_max_bytes, record.memory_peak_bytes);
+        self.tell_kills(task, record.oom_kills, &victims, max, peak);
+        if (exit.code, exit.signal) == (0, 0) {
+            return false;
+        }
+        let main_was_killed =
+            exit.signal == signal::KILL && !task.is_killed.load(Ordering::Relaxed);
+        let ago = ended_at.elapsed().unwrap_or_default();
+        let ended_at = oom::now().saturating_sub(ago);
+        oom::is_to_blame(
+            task.main.pid,
+            main_was_killed,
+            record.oom_kills,
+            &victims,
+            ended_at,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_own_word_comes_before_what_a_killed_supervisor_implies() {
+        let killed = Some(signal::KILL);
+        let exited = Exit::of_status(7 << 8);
+        let traces = |supervisor_killed_by, main| Traces {
+            supervisor_killed_by,
+            main,
+        };
+        assert_eq!(traces(killed, Some(exited)).exit(), Some(exited));
+        assert_eq!((exited.code, exited.signal), (7, 0));
+        assert_eq!(traces(killed, None).exit(), Some(Exit::KILLED));
+        assert_eq!(
+            traces(None, Some(Exit::of_status(9))).exit(),
+            Some(Exit::KILLED)
+        );
+        assert_eq!(traces(None, None).exit(), None);
     }
 }

@@ -78,6 +78,7 @@ async fn both_schemas_are_those_of_exec2() {
         ("allow_caps", attr("allow_caps", "list(string)", false)),
         // The one key of our own.
         ("pids_max", defaulted("pids_max", "number", "16384")),
+        ("signal_all", defaulted("signal_all", "bool", "false")),
     ]);
     assert_eq!(plugin.spec, Some(expected));
     let task: wire::TaskConfigSchemaResponse = served
