@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// Where systemd mounts the unified hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";
+/// systemd keeps marks of its own there, such as trusted.invocation_id.
+const OWNER: &str = "trusted.nomad-driver-exec2.owner";
 
 /// One cgroup's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -170,6 +172,24 @@ impl Cgroup {
                 .ok()
                 .and_then(|quota| quota.saturating_mul(1_000_000).checked_div(period)),
         )
+    }
+
+    /// Whose scope it is, as `claim` wrote it.
+    pub fn owner(&self) -> Option<String> {
+        let mut owner = [0; 256];
+        let length = rustix::fs::getxattr(&self.path, OWNER, &mut owner).ok()?;
+        Some(String::from_utf8_lossy(&owner[..length]).into_owned())
+    }
+
+    /// Marks a scope as somebody's, for as long as it exists. Only root can read or write the mark.
+    pub fn claim(&self, owner: &str) -> io::Result<()> {
+        use rustix::fs::{XattrFlags, setxattr};
+        Ok(setxattr(
+            &self.path,
+            OWNER,
+            owner.as_bytes(),
+            XattrFlags::empty(),
+        )?)
     }
 
     /// The CPUs asked for, as the kernel lists them; empty if its parent's, `None` without such a file.

@@ -57,7 +57,7 @@ const ROOMS: [Room; 16] = [
     Room {
         name: "cgroup",
         rooms: &[],
-        crates: &["libc"],
+        crates: &["libc", "rustix"],
     },
     Room {
         name: "users",

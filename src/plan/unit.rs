@@ -13,6 +13,9 @@ pub const SHARE_SLICE: &str = "exec2-share.slice";
 /// Tasks with `cores` of their own.
 pub const RESERVE_SLICE: &str = "exec2-reserve.slice";
 
+/// The owner of a task that no agent started.
+pub const RUN: &str = "run";
+
 /// Longest unit name we make. systemd takes 255, but keeps no invocation link for more than 244.
 const MAX_NAME_BYTES: usize = 200;
 
@@ -52,6 +55,14 @@ impl UnitName {
 impl fmt::Display for UnitName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+/// Whose tasks they are, where an agent, another one and `run` share a host: `node <id>`, or `run` for a task of no node.
+pub fn owner(names: &Names) -> String {
+    match names.node_id.as_str() {
+        "" => RUN.into(),
+        node => format!("node {}", UnitText::new(node)),
     }
 }
 

@@ -34,6 +34,10 @@ pub enum SystemdError {
     TimedOut { call: &'static str, unit: String },
     #[error("unit {0} already exists")]
     Exists(UnitName),
+    #[error(
+        "unit {unit} already exists and belongs to {owner}: end that task first (systemctl stop {unit})"
+    )]
+    Taken { unit: UnitName, owner: String },
     #[error("systemd refused {call} for {unit}: {reason}")]
     Refused {
         call: &'static str,
@@ -61,7 +65,7 @@ impl SystemdError {
             | Self::Busy { .. }
             | Self::JobFailed { .. }
             | Self::Exists(_) => true,
-            Self::Refused { .. } => false,
+            Self::Refused { .. } | Self::Taken { .. } => false,
         }
     }
 

@@ -10,12 +10,13 @@ use tokio::sync::{Semaphore, watch};
 use tracing::info;
 
 use super::state::{DriverState, Process, boot_id, invocation_id};
+use super::stop::scopes;
 use super::table::{Task, TaskTable};
 use super::types::{DriverError, Saved, TaskRequest};
 use super::wait::Traces;
 use super::{cpus, wait};
 use crate::cgroup::Cgroup;
-use crate::plan::unit::{RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
+use crate::plan::unit::UnitName;
 use crate::record::Record;
 use crate::text::UnitText;
 
@@ -31,6 +32,7 @@ impl TaskTable {
         }
         let state = DriverState::decode(saved.version, &saved.driver_state)
             .map_err(|error| DriverError::Permanent(error.to_string()))?;
+        self.owner(&request.names);
         self.reserve(&request.id)?;
         match revive(&request, &state) {
             Ok((task, end)) => {
@@ -77,7 +79,7 @@ fn revive(
     }
     let cgroup = Cgroup::at(&state.cgroup);
     // All of it is killed when the task is stopped.
-    if !is_scope(&cgroup, &unit) {
+    if !scopes(&unit).contains(&cgroup) {
         return Err(gone("its handle names a cgroup that is not its unit's"));
     }
     let now = invocation_id(unit.as_str());
@@ -111,13 +113,6 @@ fn revive(
         // Whoever watches it will read it.
         Err(_) => Ok((task, None)),
     }
-}
-
-fn is_scope(cgroup: &Cgroup, unit: &UnitName) -> bool {
-    let slices = [SHARE_SLICE, RESERVE_SLICE];
-    slices
-        .map(|slice| Cgroup::at(&format!("{SLICE}/{slice}/{unit}")))
-        .contains(cgroup)
 }
 
 /// A pidfd of this very process. The start time is compared after the open: a pid cannot change its process under an

@@ -17,6 +17,7 @@ use super::dir::{self, Found};
 use super::events::Phases;
 use super::helper::Helper;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
+use super::stop::scopes;
 use super::table::{Task, TaskTable, create_record, keep_record, lock, record_path};
 use super::types::{DriverError, Saved, TaskRequest};
 use crate::breakpoint;
@@ -28,6 +29,7 @@ use crate::plan::files::Resolver;
 use crate::plan::steps::{Stdio, Step};
 use crate::plan::{Facts, Plan};
 use crate::systemd::{Scope, SystemdError};
+use crate::text::UnitText;
 use crate::users::{self, Account, UserError};
 
 /// How often, and after which pause, the helper's cgroup is looked at where systemd's answer was lost.
@@ -147,6 +149,7 @@ impl TaskTable {
         // The scope is made around a parked helper while the helper prepares what charges nothing to the task.
         let released = async {
             breakpoint::at(Step::Scope);
+            let owner = self.owner(&request.names);
             let scope = helper.scope(plan);
             let (started, parked) = tokio::join!(self.shared.systemd.start(&scope), helper.next());
             // A helper that failed comes first: systemd then says no more than that there was no process.
@@ -161,10 +164,13 @@ impl TaskTable {
             }
             let started = match started {
                 // Not before the helper has opened the log pipes: their reader leaves with the last writer.
-                Err(SystemdError::Exists(_)) => self.replace(&scope).await,
+                Err(SystemdError::Exists(_)) => self.replace(&scope, &owner).await,
                 started => started,
             };
             let cgroup = self.entered(&helper, plan, started).await?;
+            if let Err(error) = cgroup.claim(&owner) {
+                warn!(unit = %plan.unit, "the scope cannot be marked as {owner}'s: {error}");
+            }
             phases.end("scope");
             // While the helper holds it: the cgroup of a command that ends at once is gone before anything else is done.
             let differences = differences(plan, &cgroup);
@@ -229,16 +235,20 @@ impl TaskTable {
 
     /// Step 3, once more: the name derives from the task's id, so what has it is this very task, of a start whose plugin
     /// died.
-    async fn replace(&self, scope: &Scope<'_>) -> Result<(), SystemdError> {
+    async fn replace(&self, scope: &Scope<'_>, owner: &str) -> Result<(), SystemdError> {
+        let cgroups = scopes(scope.name);
+        let others = cgroups.iter().filter_map(Cgroup::owner);
+        if let Some(other) = others.into_iter().find(|other| other != owner) {
+            return Err(SystemdError::Taken {
+                unit: scope.name.clone(),
+                owner: UnitText::new(&other).to_string(),
+            });
+        }
         warn!(unit = %scope.name, "an earlier start of this task is still there; it is removed");
-        let cgroup = Cgroup::at(&format!(
-            "{}/{}/{}",
-            crate::plan::unit::SLICE,
-            scope.slice,
-            scope.name
-        ));
-        if let Err(error) = cgroup.kill() {
-            warn!(unit = %scope.name, "cgroup.kill: {error}");
+        for cgroup in cgroups {
+            if let Err(error) = cgroup.kill() {
+                warn!(unit = %scope.name, "cgroup.kill: {error}");
+            }
         }
         self.shared.systemd.stop(scope.name).await?;
         self.shared.systemd.reset_failed(scope.name).await?;

@@ -10,12 +10,12 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tracing::{info, warn};
 
 use super::state::Process;
-use super::table::{Task, TaskTable, record_path, remove_record, send};
+use super::table::{Task, TaskTable, lock, record_path, remove_record, send};
 use super::types::{Destroy, DriverError, TaskId};
 use crate::breakpoint;
 use crate::cgroup::Cgroup;
 use crate::plan::signal;
-use crate::plan::unit::{RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
+use crate::plan::unit::{RESERVE_SLICE, RUN, SHARE_SLICE, SLICE, UnitName};
 use crate::text::UnitText;
 
 /// The steps of a task's end, in the order in which they happen: 1 to 6 are StopTask's, 7 and 8 DestroyTask's, which makes
@@ -162,6 +162,9 @@ impl TaskTable {
         if how == Destroy::OnlyIfEnded && task.as_ref().is_some_and(|task| task.ended().is_none()) {
             return Err(DriverError::Permanent("cannot destroy running task".into()));
         }
+        if task.is_none() {
+            self.expect_own(&UnitName::of_task(id.as_str()))?;
+        }
         let destroyed = self.destroy_now(id, task.as_deref()).await;
         if destroyed.is_err() {
             // Nomad asks once, whatever the answer.
@@ -198,11 +201,26 @@ impl TaskTable {
         Ok(())
     }
 
+    /// By its name alone, a scope could be another agent's, or of `run`.
+    fn expect_own(&self, unit: &UnitName) -> Result<(), DriverError> {
+        let own = lock(&self.shared.owner).clone();
+        let other = scopes(unit).into_iter().find_map(|scope| scope.owner());
+        match other {
+            Some(other) if other == RUN || own.is_some_and(|own| own != other) => {
+                Err(DriverError::Permanent(format!(
+                    "{unit} belongs to {}, and is left alone",
+                    UnitText::new(&other)
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a scope with all that runs in it, and its record. Without systemd too: Nomad does not ask again, and an empty
     /// scope is collected as soon as systemd can be reached.
     pub(super) async fn clear(&self, unit: &UnitName) -> Result<(), DriverError> {
-        for slice in [SHARE_SLICE, RESERVE_SLICE] {
-            empty(&Cgroup::at(&format!("{SLICE}/{slice}/{unit}")), unit).await?;
+        for scope in scopes(unit) {
+            empty(&scope, unit).await?;
         }
         breakpoint::at(StopStep::Forget);
         remove_record(&record_path(unit));
@@ -286,6 +304,11 @@ impl Task {
         breakpoint::at(StopStep::Empty);
         empty(&self.cgroup, &self.unit).await
     }
+}
+
+/// Where a scope of this name can be.
+pub(super) fn scopes(unit: &UnitName) -> [Cgroup; 2] {
+    [SHARE_SLICE, RESERVE_SLICE].map(|slice| Cgroup::at(&format!("{SLICE}/{slice}/{unit}")))
 }
 
 /// Kills whatever is in a scope's cgroup until nothing is.

@@ -20,7 +20,7 @@ use super::watches::Watches;
 use crate::cgroup::Cgroup;
 use crate::config::plugin::PluginConfig;
 use crate::plan::limits::{Compute, Cpus, QuotaGrain};
-use crate::plan::unit::UnitName;
+use crate::plan::unit::{self, UnitName};
 use crate::record;
 use crate::systemd::Systemd;
 
@@ -47,6 +47,8 @@ pub(super) struct Shared {
     /// As of the systemd that the fingerprint was last taken of.
     pub(super) grain: Mutex<QuotaGrain>,
     pub(super) is_watching_host: AtomicBool,
+    /// Whose tasks ours are, as soon as the first one tells.
+    pub(super) owner: Mutex<Option<String>>,
     /// Something may have changed that the CPUs of tasks without `cores` follow.
     pub(super) cpus_changed: Notify,
     /// Of cgroup files, from the first task on; `None` if there can be none.
@@ -115,6 +117,7 @@ impl TaskTable {
             fingerprint: watch::Sender::new(fingerprint::unconfigured()),
             grain: Mutex::new(QuotaGrain::WholePercent),
             is_watching_host: AtomicBool::new(false),
+            owner: Mutex::default(),
             cpus_changed: Notify::new(),
             watches: OnceLock::new(),
         };
@@ -161,6 +164,13 @@ impl TaskTable {
     /// Whether a task has this id, or a start of one.
     pub(super) fn knows(&self, id: &TaskId) -> bool {
         lock(&self.shared.table).contains_key(id)
+    }
+
+    /// Whose task it is, and with it, whose all of ours are.
+    pub(super) fn owner(&self, names: &Names) -> String {
+        let owner = unit::owner(names);
+        *lock(&self.shared.owner) = Some(owner.clone());
+        owner
     }
 
     /// Takes an id for a start, or says that it is taken.

@@ -57,7 +57,11 @@ fn the_first_job_prints_its_environment(context: &Context) -> Result<()> {
         }
         ensure!(value("HOME")? == "/nonexistent", "{log}");
         ensure!(alloc.stderr("env")?.is_empty(), "{}", alloc.stderr("env")?);
-        let loud = |line: &harness::nomad::Line| matches!(line.level, Level::Warn | Level::Error);
+        let loud = |line: &harness::nomad::Line| {
+            // A container has no limits to put a task under, and is told so.
+            matches!(line.level, Level::Warn | Level::Error)
+                && !(context.guest().kind == Kind::Nspawn && line.message.contains("no controller"))
+        };
         let loud: Vec<_> = agent.log().into_iter().filter(loud).collect();
         ensure!(loud.is_empty(), "a job that went well is no news: {loud:?}");
         agent.finish().await

@@ -20,6 +20,7 @@ mod recovery;
 mod run;
 mod run_job;
 mod scopes;
+mod steps;
 mod surroundings;
 mod versions;
 mod view;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         agent::CASES,
         view::CASES,
         recovery::CASES,
+        steps::CASES,
         run::CASES,
         run_job::CASES,
         dbus::CASES,

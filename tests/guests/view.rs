@@ -78,6 +78,10 @@ fn a_task_has_namespaces_and_privileges_of_its_own(context: &Context) -> Result<
                     ensure!(set(main, name)? == 0, "{name} of {user}");
                 }
             }
+            until("the supervisor gives up what a start may need", || {
+                (set(supervisor, "CapPrm").ok()? == 0).then_some(())
+            })
+            .await?;
             for name in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
                 ensure!(set(supervisor, name)? == 0, "{name} of the supervisor");
             }

@@ -221,6 +221,15 @@ impl Agent {
         self.0.recover(Handles::InMemory).await
     }
 
+    /// SIGKILL of the plugin while a call is under way. Whoever made the call finds out, and starts a new instance.
+    pub async fn kill_plugin_in_call(&self) -> Result<()> {
+        self.0.connection()?.close();
+        match self.0.plugin.lock().await.as_mut() {
+            Some(process) => process.kill_in_place().await,
+            None => bail!("there is no plugin to kill"),
+        }
+    }
+
     /// Stops what still runs, ends the plugin, and fails if anything broke Nomad's contract on the way.
     pub async fn finish(self) -> Result<()> {
         let allocations = std::mem::take(

@@ -168,6 +168,13 @@ impl Process {
         Ok(())
     }
 
+    /// The same, and leaves it to be found.
+    pub async fn kill_in_place(&mut self) -> Result<()> {
+        self.child.start_kill()?;
+        self.child.wait().await?;
+        Ok(())
+    }
+
     /// Stops reading its pipes, as an agent that died.
     pub fn abandon_pipes(&mut self) {
         for pipe in &self.pipes {
