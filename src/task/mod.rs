@@ -5,6 +5,7 @@ mod dir;
 mod driver;
 mod events;
 mod fingerprint;
+mod log;
 mod recover;
 mod start;
 pub mod state;

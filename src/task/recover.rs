@@ -7,8 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::sync::watch;
-use tracing::info;
 
+use super::log::of_task;
 use super::state::{DriverState, Process, boot_id};
 use super::table::{Task, TaskTable};
 use super::types::{DriverError, Saved, TaskRequest};
@@ -30,7 +30,7 @@ impl TaskTable {
         match revive(&request, &state) {
             Ok(task) => {
                 let task = self.insert(task);
-                info!(task_id = %UnitText::new(task.id.as_str()), unit = %task.unit, "task recovered");
+                of_task!(info, task.names, task.unit, "task recovered");
                 if task.ended().is_none() {
                     self.watch(task);
                     self.follow_cpus();

@@ -11,10 +11,11 @@ use tokio::io::Interest;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::cpus;
 use super::dir::{self, Found};
+use super::log::of_task;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::table::{Task, TaskTable, create_record, lock, record_path, remove_record, send};
 use super::types::{DriverError, Saved, TaskRequest};
@@ -27,7 +28,6 @@ use crate::plan::steps::Stdio;
 use crate::plan::{Facts, Plan, signal};
 use crate::sys;
 use crate::systemd::{Scope, SystemdError};
-use crate::text::UnitText;
 use crate::users::{self, Account, UserError};
 
 /// How long the helper may take for one of its halves: paths of a hung NFS server stall it, and must stall nothing else.
@@ -159,7 +159,7 @@ impl TaskTable {
             }
             let started = match started {
                 // Not before the helper has opened the log pipes: their reader leaves with the last writer.
-                Err(SystemdError::Exists(_)) => self.replace(&scope).await,
+                Err(SystemdError::Exists(_)) => self.replace(request, &scope).await,
                 started => started,
             };
             let cgroup = self.entered(&helper, plan, started).await?;
@@ -187,7 +187,12 @@ impl TaskTable {
             Err(error) => {
                 helper.kill().await;
                 if let Err(left) = self.clear(&plan.unit).await {
-                    warn!(unit = %plan.unit, "a failed start leaves its scope behind: {left}");
+                    of_task!(
+                        warn,
+                        request.names,
+                        plan.unit,
+                        "a failed start leaves its scope behind: {left}"
+                    );
                 }
                 Err(error)
             }
@@ -216,8 +221,13 @@ impl TaskTable {
 
     /// Step 3, once more: the name derives from the task's id, so what has it is this very task, of a start whose plugin
     /// died.
-    async fn replace(&self, scope: &Scope<'_>) -> Result<(), SystemdError> {
-        warn!(unit = %scope.name, "an earlier start of this task is still there; it is removed");
+    async fn replace(&self, request: &TaskRequest, scope: &Scope<'_>) -> Result<(), SystemdError> {
+        of_task!(
+            warn,
+            request.names,
+            scope.name,
+            "an earlier start of this task is still there; it is removed"
+        );
         let cgroup = Cgroup::at(&format!(
             "{}/{}/{}",
             crate::plan::unit::SLICE,
@@ -225,7 +235,7 @@ impl TaskTable {
             scope.name
         ));
         if let Err(error) = cgroup.kill() {
-            warn!(unit = %scope.name, "cgroup.kill: {error}");
+            of_task!(warn, request.names, scope.name, "cgroup.kill: {error}");
         }
         self.shared.systemd.stop(scope.name).await?;
         self.shared.systemd.reset_failed(scope.name).await?;
@@ -312,7 +322,13 @@ fn assemble(
             .duration_since(UNIX_EPOCH)
             .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
     };
-    debug!(task_id = %UnitText::new(request.id.as_str()), unit = %plan.unit, pid = main_process.pid, "task started");
+    of_task!(
+        info,
+        request.names,
+        plan.unit,
+        pid = main_process.pid,
+        "task started"
+    );
     let task = Task {
         id: request.id.clone(),
         names: request.names.clone(),

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use tracing::warn;
 
+use super::log::of_task;
 use super::table::{Task, TaskTable, record_path, remove_record, send};
 use super::types::{Destroy, DriverError, TaskId};
 use crate::cgroup::Cgroup;
 use crate::plan::signal;
 use crate::plan::unit::{RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
-use crate::text::UnitText;
 
 /// How long a killed process may take to end before the rest of its scope is killed. Only one in uninterruptible sleep
 /// takes longer than a moment.
@@ -39,7 +39,12 @@ impl TaskTable {
             "" => signal::DEFAULT_KILL,
             // A misspelt kill_signal must not make a task unstoppable.
             name => signal::parse(name).unwrap_or_else(|error| {
-                warn!(task_id = %UnitText::new(id.as_str()), "kill_signal: {error}; SIGINT is sent");
+                of_task!(
+                    warn,
+                    task.names,
+                    task.unit,
+                    "kill_signal: {error}; SIGINT is sent"
+                );
                 signal::DEFAULT_KILL
             }),
         };

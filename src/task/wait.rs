@@ -8,15 +8,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use tracing::{error, info};
 
+use super::log::of_task;
 use super::table::{Ended, Task, TaskTable, record_path};
 use super::types::ExitResult;
 use crate::plan::signal;
 use crate::plan::unit::UnitName;
 use crate::record::{self, Record};
 use crate::sys;
-use crate::text::UnitText;
 
 /// Before what failed for want of descriptors is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -27,7 +26,7 @@ impl TaskTable {
         let tasks = self.clone();
         tokio::spawn(async move {
             if let Some(pidfd) = &task.supervisor_pidfd {
-                over(pidfd, &task.unit).await;
+                over(pidfd, &task).await;
             }
             let killed = task.supervisor_pidfd.as_ref().and_then(reap);
             // Without a descriptor left to read with, the record is there all the same.
@@ -35,15 +34,16 @@ impl TaskTable {
                 match read_record(&task.unit) {
                     Ok(record) => break record,
                     Err(reason) => {
-                        error!(unit = %task.unit, %reason, "the exit record cannot be read; trying again");
+                        of_task!(error, task.names, task.unit, %reason, "the exit record cannot be read; trying again");
                         tokio::time::sleep(AGAIN).await;
                     }
                 }
             };
             let ended = outcome(&task, record, killed);
-            info!(
-                task_id = %UnitText::new(task.id.as_str()),
-                unit = %task.unit,
+            of_task!(
+                info,
+                task.names,
+                task.unit,
                 exit_code = ended.result.code,
                 signal = ended.result.signal,
                 oom_killed = ended.result.oom_killed,
@@ -83,9 +83,9 @@ async fn readable(pidfd: &OwnedFd) -> io::Result<()> {
 }
 
 /// The same, however long it takes to get a descriptor to watch with: until then the process counts as alive.
-async fn over(pidfd: &OwnedFd, unit: &UnitName) {
+async fn over(pidfd: &OwnedFd, task: &Task) {
     while let Err(reason) = readable(pidfd).await {
-        error!(%unit, %reason, "the supervisor cannot be watched; trying again");
+        of_task!(error, task.names, task.unit, %reason, "the supervisor cannot be watched; trying again");
         tokio::time::sleep(AGAIN).await;
     }
 }
