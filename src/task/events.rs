@@ -3,12 +3,20 @@
 use std::collections::BTreeMap;
 use std::time::SystemTime;
 
+use super::log::of_task;
 use super::table::{Ended, Task, TaskTable};
 use super::types::{Names, Severity, TaskEvent, TaskId, TaskRequest};
 use crate::plan::unit::UnitName;
 
 impl TaskTable {
     pub(super) fn tell_start(&self, task: &Task) {
+        of_task!(
+            info,
+            task.names,
+            task.unit,
+            pid = task.main.pid,
+            "task started"
+        );
         let message = format!("Started in {}", task.unit);
         self.send(&task.id, &task.names, &task.unit, Severity::Info, message);
     }

@@ -12,4 +12,4 @@ macro_rules! of_task {
     };
 }
 
-pub(super) use of_task;
+pub(crate) use of_task;

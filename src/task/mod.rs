@@ -5,7 +5,7 @@ mod dir;
 mod driver;
 mod events;
 mod fingerprint;
-mod log;
+pub(crate) mod log;
 mod recover;
 mod start;
 pub mod state;

@@ -322,13 +322,6 @@ fn assemble(
             .duration_since(UNIX_EPOCH)
             .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
     };
-    of_task!(
-        info,
-        request.names,
-        plan.unit,
-        pid = main_process.pid,
-        "task started"
-    );
     let task = Task {
         id: request.id.clone(),
         names: request.names.clone(),
