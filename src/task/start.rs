@@ -25,6 +25,7 @@ use crate::launch::report::{self, Failure, Message};
 use crate::launch::{self, Parked};
 use crate::plan::files::Resolver;
 use crate::plan::steps::Stdio;
+use crate::plan::unit::SLICE;
 use crate::plan::{Facts, Plan, signal};
 use crate::sys;
 use crate::systemd::{Scope, SystemdError};
@@ -228,12 +229,7 @@ impl TaskTable {
             scope.name,
             "an earlier start of this task is still there; it is removed"
         );
-        let cgroup = Cgroup::at(&format!(
-            "{}/{}/{}",
-            crate::plan::unit::SLICE,
-            scope.slice,
-            scope.name
-        ));
+        let cgroup = Cgroup::at(&format!("{SLICE}/{}/{}", scope.slice, scope.name));
         if let Err(error) = cgroup.kill() {
             of_task!(warn, request.names, scope.name, "cgroup.kill: {error}");
         }
