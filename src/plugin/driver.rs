@@ -9,19 +9,19 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{error, warn};
 
 use super::{convert, errors, hclspec};
 use crate::config::schema;
 use crate::config::task::TaskOptions;
+use crate::plan::unit::UnitName;
 use crate::proto::hashicorp::nomad::plugins::drivers::proto as wire;
 use crate::proto::hashicorp::nomad::plugins::drivers::proto::driver_capabilities::{
     FsIsolation, MountConfigs,
 };
 use crate::proto::hashicorp::nomad::plugins::drivers::proto::network_isolation_spec::NetworkIsolationMode;
 use crate::task::Tasks;
+use crate::task::log::of_task;
 use crate::task::types::{Destroy, DriverError, Fingerprint, Saved, TaskId, TaskRequest};
-use crate::text::UnitText;
 
 /// A fingerprint that did not change is told again this often.
 const FINGERPRINT_PERIOD: Duration = Duration::from_secs(90);
@@ -56,13 +56,19 @@ impl<T: Tasks> Driver<T> {
     /// Carried to its end, too; but a task that the agent did not live to hear of is one that nobody will ever stop.
     async fn start(&self, task: TaskRequest) -> Result<Result<Saved, DriverError>, Status> {
         let (answer, answered) = oneshot::channel();
-        let (tasks, id) = (Arc::clone(&self.tasks), task.id.clone());
+        let (tasks, id, names) = (Arc::clone(&self.tasks), task.id.clone(), task.names.clone());
         tokio::spawn(async move {
             let started = tasks.start(task).await;
             if let Err(Ok(_)) = answer.send(started) {
-                warn!(task_id = %UnitText::new(id.as_str()), "the agent went away during a start; the task is destroyed");
+                let unit = UnitName::of_task(id.as_str());
+                of_task!(
+                    warn,
+                    names,
+                    unit,
+                    "the agent went away during a start; the task is destroyed"
+                );
                 if let Err(error) = tasks.destroy(&id, Destroy::EvenIfRunning).await {
-                    error!(task_id = %UnitText::new(id.as_str()), "it cannot be destroyed: {error}");
+                    of_task!(error, names, unit, "it cannot be destroyed: {error}");
                 }
             }
         });

@@ -11,15 +11,20 @@ use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 
+use super::journal::Journal;
+
 /// The agent reads lines of at most 64 KiB.
 const MAX_LINE_BYTES: usize = 60 << 10;
 /// Of one value, unescaped: escaping makes at most six bytes of one.
 const MAX_VALUE_BYTES: usize = 8 << 10;
 const OUR_TARGET: &str = env!("CARGO_CRATE_NAME");
 
-/// Sends everything traced in this crate, and panics, to stderr. Every level: the agent drops what it does not want.
+/// Sends everything traced in this crate, and panics, to stderr. Every level: the agent drops what it does not want. What is
+/// about a task goes to the journal, too.
 pub fn init() {
-    let subscriber = tracing_subscriber::registry().with(AgentLog);
+    let subscriber = tracing_subscriber::registry()
+        .with(Journal::new().ok())
+        .with(AgentLog);
     // A second call finds the first one's subscriber, which is just as good.
     let _ = tracing::subscriber::set_global_default(subscriber);
     panic::set_hook(Box::new(|panic| {
@@ -128,11 +133,12 @@ impl Visit for Line {
 
 /// The text as a JSON string, cut.
 fn text(value: &str) -> String {
-    let mut end = value.len().min(MAX_VALUE_BYTES);
-    while !value.is_char_boundary(end) {
-        end -= 1;
-    }
-    serde_json::Value::from(&value[..end]).to_string()
+    serde_json::Value::from(cut(value)).to_string()
+}
+
+/// As much of a value as a line has room for.
+pub(super) fn cut(value: &str) -> &str {
+    &value[..value.floor_char_boundary(MAX_VALUE_BYTES)]
 }
 
 /// `2026-08-01T12:34:56.123456Z`: with any other number of digits the agent takes the line for plain text.

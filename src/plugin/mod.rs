@@ -8,6 +8,7 @@ pub mod driver;
 pub mod errors;
 pub mod handshake;
 pub mod hclspec;
+mod journal;
 pub mod log;
 pub mod peer;
 

@@ -1,6 +1,7 @@
 //! PID 1's side of a task: starts and stops its scope over D-Bus. One connection, made anew when it is lost; nothing here
 //! knows of tasks, Nomad or the helper.
 
+mod error;
 mod proxy;
 mod scope;
 
@@ -8,14 +9,15 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use thiserror::Error;
 use tokio::sync::{Notify, Semaphore, broadcast};
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
-use zbus::{DBusError as _, OwnedObjectPath};
+use zbus::OwnedObjectPath;
 
 use crate::plan::limits::Cpus;
 use crate::plan::unit::UnitName;
+pub use error::SystemdError;
+use error::{Answer, is_passing};
 use proxy::ManagerProxy;
 pub use scope::Scope;
 
@@ -23,57 +25,6 @@ pub use scope::Scope;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Calls under way at once: dbus-daemon gives a connection about 128 pending replies, and PID 1 works one by one anyway.
 const CALLS_AT_ONCE: usize = 16;
-
-#[derive(Debug, Error)]
-pub enum SystemdError {
-    #[error(
-        "systemd cannot be reached on the system bus: {0}; is dbus running (systemctl status dbus)?"
-    )]
-    NoBus(#[source] zbus::Error),
-    #[error("systemd did not answer {call} for {unit} within {} s", PATIENCE.as_secs())]
-    TimedOut { call: &'static str, unit: String },
-    #[error("unit {0} already exists")]
-    Exists(UnitName),
-    #[error(
-        "unit {unit} already exists and belongs to {owner}: end that task first (systemctl stop {unit})"
-    )]
-    Taken { unit: UnitName, owner: String },
-    #[error("systemd refused {call} for {unit}: {reason}")]
-    Refused {
-        call: &'static str,
-        unit: String,
-        reason: String,
-    },
-    #[error("systemd has no room for {call} of {unit} right now: {reason}")]
-    Busy {
-        call: &'static str,
-        unit: String,
-        reason: String,
-    },
-    #[error(
-        "systemd could not start {unit}: its job ended as {result:?} (see journalctl -u {unit})"
-    )]
-    JobFailed { unit: UnitName, result: String },
-}
-
-impl SystemdError {
-    /// Whether the same call may go through a little later.
-    pub fn is_transient(&self) -> bool {
-        match self {
-            Self::NoBus(_)
-            | Self::TimedOut { .. }
-            | Self::Busy { .. }
-            | Self::JobFailed { .. }
-            | Self::Exists(_) => true,
-            Self::Refused { .. } | Self::Taken { .. } => false,
-        }
-    }
-
-    /// Whether systemd may have done what it was asked to all the same.
-    pub fn is_unanswered(&self) -> bool {
-        matches!(self, Self::NoBus(_) | Self::TimedOut { .. })
-    }
-}
 
 /// Outcome of a job of systemd's.
 #[derive(Debug, Clone)]
@@ -319,69 +270,6 @@ impl Systemd {
     fn unknown(&self) -> std::sync::MutexGuard<'_, BTreeSet<&'static str>> {
         self.unknown.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// An error that is an answer of systemd's own.
-#[derive(Debug, PartialEq, Eq)]
-struct Answer {
-    /// The D-Bus name of the error.
-    name: String,
-    reason: String,
-}
-
-impl Answer {
-    /// zbus has a variant of its own for the names that D-Bus defines, and systemd uses those too: PropertyReadOnly is its
-    /// word for a property that it does not know.
-    fn of(error: &zbus::Error) -> Option<Answer> {
-        let (name, reason) = match error {
-            zbus::Error::MethodError(name, reason, _) => (name.to_string(), reason.clone()),
-            zbus::Error::FDO(error) => match error.as_ref() {
-                zbus::fdo::Error::ZBus(_) => return None,
-                error => (
-                    error.name().to_string(),
-                    error.description().map(str::to_owned),
-                ),
-            },
-            _ => return None,
-        };
-        (!is_of_the_bus(&name)).then(|| Answer {
-            reason: reason.unwrap_or_else(|| name.clone()),
-            name,
-        })
-    }
-}
-
-/// Errors that say no more than "not now".
-fn is_passing(name: &str) -> bool {
-    [
-        "org.freedesktop.DBus.Error.LimitsExceeded",
-        "org.freedesktop.DBus.Error.NoMemory",
-        // Another job of the unit or its slice is under way, as while an operator stops the slice.
-        "org.freedesktop.systemd1.TransactionIsDestructive",
-        "org.freedesktop.systemd1.ShuttingDown",
-        "System.Error.EAGAIN",
-        "System.Error.EBUSY",
-        "System.Error.EMFILE",
-        "System.Error.ENFILE",
-        "System.Error.ENOBUFS",
-        "System.Error.ENOMEM",
-        "System.Error.ENOSPC",
-    ]
-    .contains(&name)
-}
-
-/// Errors of the bus itself, not of systemd: whether the call was carried out is not known.
-fn is_of_the_bus(name: &str) -> bool {
-    [
-        "NoReply",
-        "ServiceUnknown",
-        "NameHasNoOwner",
-        "Disconnected",
-        "TimedOut",
-        "Timeout",
-    ]
-    .iter()
-    .any(|end| name.strip_prefix("org.freedesktop.DBus.Error.") == Some(end))
 }
 
 impl Bus {

@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::inotify::WatchFlags;
-use tracing::{debug, warn};
+use tracing::warn;
 
+use super::log::of_task;
 use super::table::{Task, TaskTable, lock};
 use super::watches::Watches;
 use crate::cgroup::Cgroup;
@@ -83,7 +84,13 @@ impl TaskTable {
         // An operator's drop-in for the scope has the last word. An answer that was lost had its effect all the same.
         if is_ours && in_force.as_ref() != Some(share) {
             self.shared.systemd.allow_cpus(&task.unit, share).await?;
-            debug!(unit = %task.unit, "CPUs changed to {}", List(share));
+            of_task!(
+                debug,
+                task.names,
+                task.unit,
+                "CPUs changed to {}",
+                List(share)
+            );
         }
         if is_ours || in_force.as_ref() == Some(share) {
             *lock(&task.cpus) = Some(share.clone());

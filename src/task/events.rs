@@ -4,19 +4,17 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
 
-use tracing::{info, warn};
-
+use super::log::of_task;
 use super::table::{Ended, Task, TaskTable};
 use super::types::{Names, Severity, TaskEvent, TaskId};
 use crate::plan::unit::UnitName;
-use crate::text::UnitText;
 
 impl TaskTable {
     pub(super) fn tell_start(&self, task: &Task, phases: &Phases) {
-        info!(
-            alloc_id = %UnitText::new(&task.names.alloc_id),
-            task = %UnitText::new(&task.names.task),
-            unit = %task.unit,
+        of_task!(
+            info,
+            task.names,
+            task.unit,
             pid = task.main.pid,
             %phases,
             "task started"
@@ -27,10 +25,10 @@ impl TaskTable {
 
     pub(super) fn tell_end(&self, task: &Task, ended: &Ended) {
         let result = &ended.result;
-        info!(
-            alloc_id = %UnitText::new(&task.names.alloc_id),
-            task = %UnitText::new(&task.names.task),
-            unit = %task.unit,
+        of_task!(
+            info,
+            task.names,
+            task.unit,
             exit_code = result.code,
             signal = result.signal,
             oom_killed = result.oom_killed,
@@ -45,12 +43,7 @@ impl TaskTable {
 
     /// The same about one that is being started.
     pub(super) fn warn(&self, id: &TaskId, names: &Names, unit: &UnitName, message: String) {
-        warn!(
-            alloc_id = %UnitText::new(&names.alloc_id),
-            task = %UnitText::new(&names.task),
-            %unit,
-            "{message}"
-        );
+        of_task!(warn, names, unit, "{message}");
         self.send(id, names, unit, Severity::Warning, message);
     }
 

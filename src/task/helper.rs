@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::time::timeout;
-use tracing::warn;
 
+use super::log::of_task;
 use super::table::{Task, send};
-use super::types::DriverError;
+use super::types::{DriverError, TaskRequest};
 use super::wait;
 use crate::launch::Parked;
 use crate::launch::report::{self, Message};
+use crate::plan::unit::UnitName;
 use crate::plan::{Plan, signal};
 use crate::sys;
 use crate::systemd::Scope;
@@ -71,14 +72,22 @@ impl Helper {
     }
 
     /// Ends it and reaps it. All that it made, namespaces and mounts, goes with it.
-    pub async fn kill(self) {
+    pub async fn kill(self, request: &TaskRequest, unit: &UnitName) {
         if let Err(error) = send(Some(&self.parked.pidfd), signal::KILL) {
-            warn!("a helper cannot be killed: {error}");
+            of_task!(
+                warn,
+                request.names,
+                unit,
+                "a helper cannot be killed: {error}"
+            );
         }
         let pidfd = self.parked.pidfd;
         let reaped = tokio::spawn(wait::reaped(pidfd));
         if timeout(AFTER_KILL, reaped).await.is_err() {
-            warn!(
+            of_task!(
+                warn,
+                request.names,
+                unit,
                 "a killed helper has not ended yet: uninterruptible sleep, as on a hung NFS mount?"
             );
         }

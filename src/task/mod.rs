@@ -6,6 +6,7 @@ mod driver;
 mod events;
 mod fingerprint;
 mod helper;
+pub(crate) mod log;
 mod oom;
 mod recover;
 mod start;

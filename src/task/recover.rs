@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::sync::{Semaphore, watch};
-use tracing::info;
 
+use super::log::of_task;
 use super::state::{DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
 use super::table::{Task, TaskTable};
@@ -36,12 +36,7 @@ impl TaskTable {
         self.reserve(&request.id)?;
         match revive(&request, &state) {
             Ok((task, end)) => {
-                info!(
-                    alloc_id = %UnitText::new(&task.names.alloc_id),
-                    task = %UnitText::new(&task.names.task),
-                    unit = %task.unit,
-                    "task recovered"
-                );
+                of_task!(info, task.names, task.unit, "task recovered");
                 if let Some(record) = end {
                     let ended = self.conclude(&task, record, Traces::default()).await;
                     self.tell_end(&task, &ended);

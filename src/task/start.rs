@@ -10,12 +10,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
-use tracing::warn;
 
 use super::cpus;
 use super::dir::{self, Found};
 use super::events::Phases;
 use super::helper::Helper;
+use super::log::of_task;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
 use super::table::{Task, TaskTable, create_record, keep_record, lock, record_path};
@@ -27,6 +27,7 @@ use crate::launch;
 use crate::launch::report::{self, Failure, Message};
 use crate::plan::files::Resolver;
 use crate::plan::steps::{Stdio, Step};
+use crate::plan::unit::UnitName;
 use crate::plan::{Facts, Plan};
 use crate::systemd::{Scope, SystemdError};
 use crate::text::UnitText;
@@ -54,7 +55,7 @@ impl TaskTable {
         request: TaskRequest,
         output: Output,
     ) -> Result<Saved, DriverError> {
-        let id = request.id.clone();
+        let (id, names) = (request.id.clone(), request.names.clone());
         self.reserve(&id)?;
         match self.start_reserved(request, output).await {
             Ok(Started {
@@ -71,6 +72,12 @@ impl TaskTable {
                 })
             }
             Err(error) => {
+                of_task!(
+                    warn,
+                    names,
+                    UnitName::of_task(id.as_str()),
+                    "task not started: {error}"
+                );
                 self.remove(&id);
                 Err(error)
             }
@@ -164,12 +171,17 @@ impl TaskTable {
             }
             let started = match started {
                 // Not before the helper has opened the log pipes: their reader leaves with the last writer.
-                Err(SystemdError::Exists(_)) => self.replace(&scope, &owner).await,
+                Err(SystemdError::Exists(_)) => self.replace(request, &scope, &owner).await,
                 started => started,
             };
             let cgroup = self.entered(&helper, plan, started).await?;
             if let Err(error) = cgroup.claim(&owner) {
-                warn!(unit = %plan.unit, "the scope cannot be marked as {owner}'s: {error}");
+                of_task!(
+                    warn,
+                    request.names,
+                    plan.unit,
+                    "the scope cannot be marked as {owner}'s: {error}"
+                );
             }
             phases.end("scope");
             // While the helper holds it: the cgroup of a command that ends at once is gone before anything else is done.
@@ -204,9 +216,14 @@ impl TaskTable {
                 phases,
             }),
             Err(error) => {
-                helper.kill().await;
+                helper.kill(request, &plan.unit).await;
                 if let Err(left) = self.clear(&plan.unit).await {
-                    warn!(unit = %plan.unit, "a failed start leaves its scope behind: {left}");
+                    of_task!(
+                        warn,
+                        request.names,
+                        plan.unit,
+                        "a failed start leaves its scope behind: {left}"
+                    );
                 }
                 Err(error)
             }
@@ -235,7 +252,12 @@ impl TaskTable {
 
     /// Step 3, once more: the name derives from the task's id, so what has it is this very task, of a start whose plugin
     /// died.
-    async fn replace(&self, scope: &Scope<'_>, owner: &str) -> Result<(), SystemdError> {
+    async fn replace(
+        &self,
+        request: &TaskRequest,
+        scope: &Scope<'_>,
+        owner: &str,
+    ) -> Result<(), SystemdError> {
         let cgroups = scopes(scope.name);
         let others = cgroups.iter().filter_map(Cgroup::owner);
         if let Some(other) = others.into_iter().find(|other| other != owner) {
@@ -244,10 +266,15 @@ impl TaskTable {
                 owner: UnitText::new(&other).to_string(),
             });
         }
-        warn!(unit = %scope.name, "an earlier start of this task is still there; it is removed");
+        of_task!(
+            warn,
+            request.names,
+            scope.name,
+            "an earlier start of this task is still there; it is removed"
+        );
         for cgroup in cgroups {
             if let Err(error) = cgroup.kill() {
-                warn!(unit = %scope.name, "cgroup.kill: {error}");
+                of_task!(warn, request.names, scope.name, "cgroup.kill: {error}");
             }
         }
         self.shared.systemd.stop(scope.name).await?;

@@ -7,8 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tracing::{info, warn};
+use tracing::warn;
 
+use super::log::of_task;
 use super::state::Process;
 use super::table::{Task, TaskTable, lock, record_path, remove_record, send};
 use super::types::{Destroy, DriverError, TaskId};
@@ -97,10 +98,10 @@ impl TaskTable {
             }),
         };
         task.is_stopping.store(true, Ordering::Relaxed);
-        info!(
-            alloc_id = %UnitText::new(&task.names.alloc_id),
-            task = %UnitText::new(&task.names.task),
-            unit = %task.unit,
+        of_task!(
+            info,
+            task.names,
+            task.unit,
             signal = number,
             kill_timeout_s = timeout.as_secs_f64(),
             "task is being stopped"
@@ -148,9 +149,14 @@ impl TaskTable {
         }
         // systemd first: it keeps in mind what it has frozen.
         if let Err(error) = self.shared.systemd.thaw(&task.unit).await {
-            warn!(unit = %task.unit, "a frozen scope is thawed without systemd: {error}");
+            of_task!(
+                warn,
+                task.names,
+                task.unit,
+                "a frozen scope is thawed without systemd: {error}"
+            );
             if let Err(error) = task.cgroup.thaw() {
-                warn!(unit = %task.unit, "cgroup.freeze: {error}");
+                of_task!(warn, task.names, task.unit, "cgroup.freeze: {error}");
             }
         }
     }
@@ -197,6 +203,9 @@ impl TaskTable {
             None => UnitName::of_task(id.as_str()),
         };
         self.clear(&unit).await?;
+        if let Some(task) = task {
+            of_task!(info, task.names, unit, "task destroyed");
+        }
         self.forget(id);
         Ok(())
     }
@@ -272,7 +281,13 @@ impl Task {
                 if let Some(pidfd) = pidfd.filter(|_| self.cgroup.holds(pid))
                     && let Err(error) = send(Some(&pidfd), number)
                 {
-                    warn!(unit = %self.unit, pid, "cannot be signalled: {error}");
+                    of_task!(
+                        warn,
+                        self.names,
+                        self.unit,
+                        pid,
+                        "cannot be signalled: {error}"
+                    );
                 }
             }
         }

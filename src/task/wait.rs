@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
-use tracing::error;
 
+use super::log::of_task;
 use super::oom;
 use super::table::{Ended, Task, TaskTable, record_path};
 use super::types::ExitResult;
@@ -27,7 +27,7 @@ impl TaskTable {
         let tasks = self.clone();
         tokio::spawn(async move {
             if let Some(pidfd) = &task.supervisor_pidfd {
-                over(pidfd, &task.unit).await;
+                over(pidfd, &task).await;
             }
             let traces = Traces::of(&task);
             // Without a descriptor left to read with, the record is there all the same.
@@ -35,7 +35,7 @@ impl TaskTable {
                 match read_record(&task.unit) {
                     Ok(record) => break record,
                     Err(reason) => {
-                        error!(unit = %task.unit, %reason, "the exit record cannot be read; trying again");
+                        of_task!(error, task.names, task.unit, %reason, "the exit record cannot be read; trying again");
                         tokio::time::sleep(AGAIN).await;
                     }
                 }
@@ -75,9 +75,9 @@ async fn readable(pidfd: &OwnedFd) -> io::Result<()> {
 }
 
 /// The same, however long it takes to get a descriptor to watch with: until then the process counts as alive.
-async fn over(pidfd: &OwnedFd, unit: &UnitName) {
+async fn over(pidfd: &OwnedFd, task: &Task) {
     while let Err(reason) = readable(pidfd).await {
-        error!(%unit, %reason, "the supervisor cannot be watched; trying again");
+        of_task!(error, task.names, task.unit, %reason, "the supervisor cannot be watched; trying again");
         tokio::time::sleep(AGAIN).await;
     }
 }

@@ -12,6 +12,7 @@ mod fitness;
 mod ground;
 mod hostile;
 mod jobs;
+mod journal;
 mod leaks;
 mod life;
 mod nomad;
@@ -52,7 +53,8 @@ fn main() -> ExitCode {
         run::CASES,
         run_job::CASES,
         dbus::CASES,
-        // Last: it takes the guest's bus away for a while.
+        // Last: they take the guest's journal and bus away for a while.
+        journal::CASES,
         fitness::CASES,
     ]
     .concat();
