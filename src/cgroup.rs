@@ -88,6 +88,12 @@ impl Cgroup {
         }
     }
 
+    /// The processes in it, not those below it.
+    pub fn processes(&self) -> io::Result<Vec<u32>> {
+        let pids = self.read("cgroup.procs")?;
+        Ok(pids.lines().filter_map(|pid| pid.parse().ok()).collect())
+    }
+
     /// SIGKILL to every process in it and below it (Linux 5.14); none are left to kill if it is gone.
     pub fn kill(&self) -> io::Result<()> {
         match fs::write(self.path.join("cgroup.kill"), "1") {

@@ -96,6 +96,7 @@ const ROOMS: [Room; 15] = [
         crates: &[
             "libc",
             "nix",
+            "rmp_serde",
             "rustix",
             "serde",
             "serde_json",

@@ -40,7 +40,7 @@ impl Tasks for TaskTable {
     }
 
     async fn recover(&self, request: TaskRequest, saved: Saved) -> Result<(), DriverError> {
-        self.take_over(request, saved)
+        self.take_over(request, saved).await
     }
 
     async fn wait(&self, id: &TaskId) -> Result<ExitResult, DriverError> {

@@ -11,6 +11,7 @@ pub mod state;
 mod stats;
 mod stop;
 mod table;
+mod takeover;
 pub mod types;
 mod wait;
 

@@ -11,6 +11,7 @@ use tracing::info;
 
 use super::state::{DriverState, Process, boot_id};
 use super::table::{Task, TaskTable};
+use super::takeover::Theirs;
 use super::types::{DriverError, Saved, TaskRequest};
 use super::{cpus, wait};
 use crate::cgroup::Cgroup;
@@ -20,12 +21,23 @@ use crate::text::UnitText;
 
 impl TaskTable {
     /// Takes over a task of an earlier plugin process; one that we have already is fine as it is.
-    pub(super) fn take_over(&self, request: TaskRequest, saved: Saved) -> Result<(), DriverError> {
+    pub(super) async fn take_over(
+        &self,
+        request: TaskRequest,
+        saved: Saved,
+    ) -> Result<(), DriverError> {
         if self.find(&request.id).is_some() {
             return Ok(());
         }
-        let state = DriverState::decode(saved.version, &saved.driver_state)
-            .map_err(|error| DriverError::Permanent(error.to_string()))?;
+        let state = match DriverState::decode(saved.version, &saved.driver_state) {
+            Ok(state) => state,
+            Err(error) => {
+                return Err(match Theirs::decode(&saved) {
+                    Some(theirs) => theirs.end(&request).await,
+                    None => DriverError::Permanent(error.to_string()),
+                });
+            }
+        };
         self.reserve(&request.id)?;
         match revive(&request, &state) {
             Ok(task) => {

@@ -17,6 +17,7 @@ use super::cpus;
 use super::dir::{self, Found};
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::table::{Task, TaskTable, create_record, lock, record_path, remove_record, send};
+use super::takeover;
 use super::types::{DriverError, Saved, TaskRequest};
 use crate::cgroup::Cgroup;
 use crate::host;
@@ -81,6 +82,7 @@ impl TaskTable {
         request: TaskRequest,
         output: Output,
     ) -> Result<(Task, DriverState), DriverError> {
+        takeover::expect_no_copy(&request)?;
         let mut plan = self.plan(&request).await?;
         let output = match output {
             Output::Logs => None,

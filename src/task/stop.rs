@@ -1,6 +1,7 @@
 //! Ends tasks: StopTask, SignalTask, DestroyTask. A kill hits the main process first, so that the supervisor can still
 //! write the record, and then the whole scope.
 
+use std::fmt;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -149,10 +150,10 @@ impl Task {
     }
 }
 
-/// Kills whatever is in a scope's cgroup until nothing is.
-async fn empty(cgroup: &Cgroup, unit: &UnitName) -> Result<(), DriverError> {
+/// Kills whatever is in a cgroup until nothing is.
+pub(super) async fn empty(cgroup: &Cgroup, name: impl fmt::Display) -> Result<(), DriverError> {
     let failed =
-        |error: std::io::Error| DriverError::Permanent(format!("failed to empty {unit}: {error}"));
+        |error: std::io::Error| DriverError::Permanent(format!("failed to empty {name}: {error}"));
     let emptied = async {
         while cgroup.is_populated().map_err(failed)? {
             cgroup.kill().map_err(failed)?;
@@ -164,7 +165,7 @@ async fn empty(cgroup: &Cgroup, unit: &UnitName) -> Result<(), DriverError> {
         .await
         .unwrap_or_else(|_| {
             Err(DriverError::Permanent(format!(
-                "{unit} is not empty after SIGKILL to all of it: a process of it is in uninterruptible sleep (state D in ps)"
+                "{name} is not empty after SIGKILL to all of it: a process of it is in uninterruptible sleep (state D in ps)"
             )))
         })
 }
