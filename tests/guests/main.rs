@@ -21,6 +21,7 @@ mod run;
 mod run_job;
 mod scopes;
 mod surroundings;
+mod takeover;
 mod versions;
 mod view;
 
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         agent::CASES,
         view::CASES,
         recovery::CASES,
+        takeover::CASES,
         run::CASES,
         run_job::CASES,
         dbus::CASES,
