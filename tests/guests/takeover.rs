@@ -1,7 +1,9 @@
 //! This driver in the place of HashiCorp's exec2: what that one left running is ended, once, and never runs beside a new
 //! copy. Here a tree of the same shape plays its task.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -11,6 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::proto::driver::{DestroyTaskRequest, StartTaskRequest, TaskHandle};
 use harness::nomad::{Agent, Allocation, Task};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::case;
 use crate::nomad::{Job, Scope, agent, until};
@@ -36,6 +39,11 @@ pub const CASES: &[Case] = &[
     ),
     case!(Speed, Ours, a_recovery_of_our_own_task_ends_nothing),
     case!(Both, Ours, no_start_makes_a_second_copy),
+    case!(
+        Limits,
+        Ours,
+        one_that_cannot_be_killed_keeps_the_next_start_back
+    ),
 ];
 
 /// Says in a file that it was asked to end.
@@ -124,6 +132,53 @@ impl Drop for Theirs {
     }
 }
 
+/// A file system whose server never answers: whoever looks into it sleeps uninterruptibly until the server goes.
+#[derive(Debug)]
+struct Hung {
+    server: File,
+    dir: tempfile::TempDir,
+}
+
+impl Hung {
+    fn mount() -> Result<Hung> {
+        let server = File::options().read(true).write(true).open("/dev/fuse")?;
+        let dir = tempfile::tempdir()?;
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0",
+            server.as_raw_fd()
+        );
+        let none = MsFlags::empty();
+        mount(
+            Some("hung"),
+            dir.path(),
+            Some("fuse"),
+            none,
+            Some(options.as_str()),
+        )?;
+        let mut hung = Hung { server, dir };
+        // Only FUSE_INIT is answered: protocol 7.31, pages of 4 KiB, no flags.
+        let mut answer = [0_u8; 80];
+        answer[0] = 80;
+        answer[8..16].copy_from_slice(&hung.request()?);
+        (answer[16], answer[20], answer[37]) = (7, 31, 16);
+        hung.server.write_all(&answer)?;
+        Ok(hung)
+    }
+
+    /// The id of the next request. Once it was read, not even SIGKILL ends the wait for its answer.
+    fn request(&mut self) -> Result<[u8; 8]> {
+        let mut request = [0; 16384];
+        ensure!(self.server.read(&mut request)? > 16);
+        Ok(request[8..16].try_into()?)
+    }
+}
+
+impl Drop for Hung {
+    fn drop(&mut self) {
+        let _ = umount2(self.dir.path(), MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+    }
+}
+
 /// A task whose own copy has ended, so that all that runs of it is the other driver's.
 async fn between_two_starts(agent: &Agent) -> Result<Allocation> {
     let alloc = agent.run(&Job::command("sleep", &["600"]).text()).await?;
@@ -170,6 +225,24 @@ async fn start_anew(task: &Task, cgroup: &Place) -> Result<()> {
     task.restart().await?;
     ensure!(Scope::of(task)?.processes()?.len() == 2);
     ensure!(cgroup.processes()? == 0, "a copy is left");
+    Ok(())
+}
+
+/// A start is refused for as long as the other driver's copy runs.
+async fn expect_no_start(agent: &Agent, task: &Task, theirs: &Theirs) -> Result<()> {
+    let request = StartTaskRequest {
+        task: task.handle().context("a handle")?.config,
+    };
+    let refused = agent.connection()?.driver().start_task(request).await;
+    let refused = refused.err().context("a second copy was started")?;
+    let (said, dir) = (refused.message(), theirs.cgroup.dir.display());
+    ensure!(
+        said.contains("another driver started still runs")
+            && said.ends_with(&format!("echo 1 > {dir}/cgroup.kill")),
+        "{said}"
+    );
+    ensure!(!refused.details().is_empty(), "Nomad would not try again");
+    ensure!(!Scope::of(task)?.dir.exists() && theirs.cgroup.processes()? > 0);
     Ok(())
 }
 
@@ -317,25 +390,32 @@ fn no_start_makes_a_second_copy(context: &Context) -> Result<()> {
         let task = alloc.only_task()?;
         let mut theirs =
             Theirs::start(&nomads_cgroup(task)?, STUBBORN, Path::new("/dev/null")).await?;
-        let request = StartTaskRequest {
-            task: task.handle().context("a handle")?.config,
-        };
-        let refused = agent.connection()?.driver().start_task(request).await;
-        let refused = refused.err().context("a second copy was started")?;
-        let remedy = theirs.cgroup.dir.join("cgroup.kill");
-        ensure!(
-            refused
-                .message()
-                .contains("another driver started still runs in")
-                && refused
-                    .message()
-                    .ends_with(&format!("echo 1 > {}", remedy.display())),
-            "{refused}"
-        );
-        ensure!(!refused.details().is_empty(), "Nomad would not try again");
-        ensure!(!Scope::of(task)?.dir.exists() && theirs.cgroup.processes()? >= 2);
+        expect_no_start(&agent, task, &theirs).await?;
+        fs::write(theirs.cgroup.dir.join("cgroup.kill"), "1")?;
+        until("it has ended", || theirs.is_gone().ok()?.then_some(())).await?;
+        start_anew(task, &theirs.cgroup).await?;
+        alloc.stop().await?;
+        agent.finish().await
+    })
+}
 
-        fs::write(remedy, "1")?;
+fn one_that_cannot_be_killed_keeps_the_next_start_back(context: &Context) -> Result<()> {
+    let mut hung = Hung::mount()?;
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let alloc = between_two_starts(&agent).await?;
+        let task = alloc.only_task()?;
+        let path = nomads_cgroup(task)?;
+        let mut theirs = Theirs::start(&path, "stat $0/x; exit 0", hung.dir.path()).await?;
+        hung.request()?;
+        let error = refusal(&agent, their_handle(task, theirs.leader.id())?).await?;
+        ensure!(
+            error.contains("it was killed and has not ended")
+                && error.contains("uninterruptible sleep"),
+            "{error}"
+        );
+        expect_no_start(&agent, task, &theirs).await?;
+        drop(hung);
         until("it has ended", || theirs.is_gone().ok()?.then_some(())).await?;
         start_anew(task, &theirs.cgroup).await?;
         alloc.stop().await?;
