@@ -131,8 +131,8 @@ pub(super) fn expect_no_copy(request: &TaskRequest) -> Result<(), DriverError> {
     match nomads_cgroup(request) {
         Some(cgroup) if matches!(cgroup.is_populated(), Ok(true)) => {
             Err(DriverError::Transient(format!(
-                "a copy of the task that another driver started still runs in {path}, and there must not be two; end it with: echo 1 > {path}/cgroup.kill",
-                path = cgroup.path().display()
+                "a copy of the task that another driver started still runs in {}, and there must not be two; a 1 written to cgroup.kill there ends it",
+                cgroup.path().display()
             )))
         }
         _ => Ok(()),
