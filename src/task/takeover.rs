@@ -4,7 +4,6 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
-use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, getpgid, pidfd_open};
@@ -13,8 +12,8 @@ use serde::Deserialize;
 use super::state::VERSION;
 use super::stop;
 use super::table::send;
-use super::types::{DriverError, Saved, TaskRequest};
-use crate::cgroup::{self, Cgroup};
+use super::types::{DriverError, Names, Saved, TaskRequest};
+use crate::cgroup::Cgroup;
 use crate::plan::signal;
 
 /// How long a task may take to end by itself: Nomad's default kill_timeout. The agent's start waits for it.
@@ -61,30 +60,32 @@ impl Theirs {
 
     /// Ends what is left of the task, and tells why it was not recovered.
     pub(super) async fn end(self, request: &TaskRequest) -> DriverError {
-        let fate = match nomads_cgroup(request) {
-            Some(cgroup) => self.end_in(&cgroup).await,
+        let fate = match left_of(request) {
             None => Fate::Unknown,
+            Some(left) if left.is_empty() => Fate::Gone,
+            Some(left) => self.end_all(&left).await,
         };
         DriverError::Permanent(format!("the task was started by HashiCorp's exec2, {fate}"))
     }
 
     /// As exec2 stops a task, but for the job's own signal and timeout, which a recovery does not tell.
-    async fn end_in(self, cgroup: &Cgroup) -> Fate {
-        if matches!(cgroup.is_populated(), Ok(false)) {
-            return Fate::Gone;
-        }
-        if self.interrupt(cgroup) && empties(cgroup).await {
+    async fn end_all(self, left: &[Cgroup]) -> Fate {
+        let sent: usize = left.iter().map(|cgroup| self.interrupt(cgroup)).sum();
+        if sent > 0 && empties(left).await {
             return Fate::Ended;
         }
-        match stop::empty(cgroup, cgroup.path().display()).await {
-            Ok(()) => Fate::Killed,
-            Err(error) => Fate::Stuck(error),
+        for cgroup in left {
+            if let Err(error) = stop::empty(cgroup, cgroup.path().display()).await {
+                return Fate::Stuck(error);
+            }
         }
+        Fate::Killed
     }
 
-    /// SIGINT to the process group of the main process; whether anybody got it.
-    fn interrupt(self, cgroup: &Cgroup) -> bool {
+    /// SIGINT to the process group of the main process; how many got it.
+    fn interrupt(self, cgroup: &Cgroup) -> usize {
         let pids = cgroup.processes().unwrap_or_default();
+        // All are opened before the first one may end.
         let group: Vec<_> = pids
             .into_iter()
             .filter_map(|pid| self.member(pid, cgroup))
@@ -92,7 +93,7 @@ impl Theirs {
         let sent = group
             .iter()
             .filter(|pidfd| send(Some(pidfd), signal::DEFAULT_KILL).is_ok());
-        sent.count() > 0
+        sent.count()
     }
 
     /// The process, if it is one of the cgroup and of the main process' group. Both are looked at after the open: should the
@@ -128,35 +129,44 @@ impl fmt::Display for Fate {
 
 /// Refuses a start beside a copy of the same task that another driver left in Nomad's cgroup.
 pub(super) fn expect_no_copy(request: &TaskRequest) -> Result<(), DriverError> {
-    match nomads_cgroup(request) {
-        Some(cgroup) if matches!(cgroup.is_populated(), Ok(true)) => {
-            Err(DriverError::Transient(format!(
-                "a copy of the task that another driver started still runs in {}, and there must not be two; a 1 written to cgroup.kill there ends it",
-                cgroup.path().display()
-            )))
-        }
-        _ => Ok(()),
+    match left_of(request).unwrap_or_default().first() {
+        Some(cgroup) => Err(DriverError::Transient(format!(
+            "a copy of the task that another driver started still runs in {}, and there must not be two; a 1 written to cgroup.kill there ends it",
+            cgroup.path().display()
+        ))),
+        None => Ok(()),
     }
 }
 
-/// The cgroup that Nomad made for this very task, if the request names it and no other.
-fn nomads_cgroup(request: &TaskRequest) -> Option<Cgroup> {
-    let names = &request.names;
+/// Nomad's cgroups of this very task that are not empty; `None` if the request names none of them as the task's. All are
+/// looked at, as the client's next start may choose another slice for a task than the one before.
+fn left_of(request: &TaskRequest) -> Option<Vec<Cgroup>> {
+    let all = nomads_cgroups(&request.names);
+    all.iter()
+        .any(|cgroup| cgroup.path() == request.nomad_cgroup)
+        .then(|| all.into_iter().filter(lives).collect())
+}
+
+fn nomads_cgroups(names: &Names) -> Vec<Cgroup> {
     let scope = format!("{}.{}.scope", names.alloc_id, names.task);
     if names.alloc_id.is_empty() || names.task.is_empty() || scope.contains('/') {
-        return None;
+        return Vec::new();
     }
     SLICES
         .iter()
-        .map(|slice| format!("{slice}/{scope}"))
-        .find(|path| request.nomad_cgroup == Path::new(cgroup::ROOT).join(path))
-        .map(|path| Cgroup::at(&path))
+        .map(|slice| Cgroup::at(&format!("{slice}/{scope}")))
+        .collect()
 }
 
-/// Whether every process of the cgroup ends in time.
-async fn empties(cgroup: &Cgroup) -> bool {
+/// One that cannot be made for the length of its name, say, is empty.
+fn lives(cgroup: &Cgroup) -> bool {
+    matches!(cgroup.is_populated(), Ok(true))
+}
+
+/// Whether every process ends in time.
+async fn empties(left: &[Cgroup]) -> bool {
     let emptied = async {
-        while !matches!(cgroup.is_populated(), Ok(false)) {
+        while left.iter().any(lives) {
             tokio::time::sleep(PAUSE).await;
         }
     };
@@ -167,7 +177,7 @@ async fn empties(cgroup: &Cgroup) -> bool {
 mod tests {
     use super::*;
     use crate::config::task::TaskOptions;
-    use crate::task::types::{Names, Resources, TaskId};
+    use crate::task::types::{Resources, TaskId};
     use proptest::prelude::*;
 
     const ALLOC: &str = "11111111-2222-3333-4444-555555555555";
@@ -264,11 +274,11 @@ mod tests {
     }
 
     #[test]
-    fn nomads_cgroup_of_the_very_task_is_taken() {
+    fn nomads_cgroups_of_the_very_task_are_taken() {
         for slice in SLICES {
             let path = format!("/sys/fs/cgroup/{slice}/{ALLOC}.web.scope");
-            let found = nomads_cgroup(&request(&path, ALLOC, "web")).unwrap();
-            assert_eq!(found.path(), Path::new(&path));
+            let left = left_of(&request(&path, ALLOC, "web"));
+            assert_eq!(left, Some(Vec::new()), "{path}");
         }
     }
 
@@ -292,7 +302,7 @@ mod tests {
             &format!("nomad.slice/share.slice/{own}"),
             &format!("/tmp/nomad.slice/share.slice/{own}"),
         ] {
-            assert_eq!(nomads_cgroup(&request(path, ALLOC, "web")), None, "{path}");
+            assert_eq!(left_of(&request(path, ALLOC, "web")), None, "{path}");
         }
         let share = "/sys/fs/cgroup/nomad.slice/share.slice";
         for (alloc, task, path) in [
@@ -301,7 +311,7 @@ mod tests {
             ("..", "/../../x", format!("{share}/..../../x.scope")),
             ("a/..", "web", format!("{share}/a/...web.scope")),
         ] {
-            assert_eq!(nomads_cgroup(&request(&path, alloc, task)), None, "{path}");
+            assert_eq!(left_of(&request(&path, alloc, task)), None, "{path}");
         }
     }
 

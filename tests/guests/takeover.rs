@@ -193,6 +193,14 @@ fn nomads_cgroup(task: &Task) -> Result<PathBuf> {
     Ok(linux.context("no resources of Linux")?.cpuset_cgroup.into())
 }
 
+/// The one that the request names, and that of a start with `cores`.
+fn their_cgroups(task: &Task) -> Result<[PathBuf; 2]> {
+    let own = nomads_cgroup(task)?;
+    let scope = own.file_name().context("a scope")?;
+    let reserved = Path::new("/sys/fs/cgroup/nomad.slice/reserve.slice").join(scope);
+    Ok([own, reserved])
+}
+
 /// As exec2 would have left it with Nomad.
 fn their_handle(task: &Task, pid: u32) -> Result<TaskHandle> {
     let state = [
@@ -253,15 +261,19 @@ fn a_task_of_the_other_driver_is_interrupted_and_started_anew(context: &Context)
         let agent = agent(context).await?;
         let alloc = between_two_starts(&agent).await?;
         let task = alloc.only_task()?;
-        let mut theirs = Theirs::start(&nomads_cgroup(task)?, POLITE, &word).await?;
-        let error = refusal(&agent, their_handle(task, theirs.leader.id())?).await?;
-        ensure!(
-            error.contains("was sent SIGINT and has ended, so that Nomad can start it anew"),
-            "{error}"
-        );
-        ensure!(theirs.is_gone()?, "it still runs");
-        ensure!(fs::read_to_string(&word)? == "interrupted\n");
-        start_anew(task, &theirs.cgroup).await?;
+        for dir in their_cgroups(task)? {
+            let mut theirs = Theirs::start(&dir, POLITE, &word).await?;
+            let error = refusal(&agent, their_handle(task, theirs.leader.id())?).await?;
+            ensure!(
+                error.contains("was sent SIGINT and has ended, so that Nomad can start it anew"),
+                "{error}"
+            );
+            ensure!(theirs.is_gone()?, "it still runs");
+            ensure!(fs::read_to_string(&word)? == "interrupted\n");
+            fs::remove_file(&word)?;
+            start_anew(task, &theirs.cgroup).await?;
+            task.stop().await?;
+        }
         alloc.stop().await?;
         agent.finish().await
     })
@@ -388,12 +400,14 @@ fn no_start_makes_a_second_copy(context: &Context) -> Result<()> {
         let agent = agent(context).await?;
         let alloc = between_two_starts(&agent).await?;
         let task = alloc.only_task()?;
-        let mut theirs =
-            Theirs::start(&nomads_cgroup(task)?, STUBBORN, Path::new("/dev/null")).await?;
-        expect_no_start(&agent, task, &theirs).await?;
-        fs::write(theirs.cgroup.dir.join("cgroup.kill"), "1")?;
-        until("it has ended", || theirs.is_gone().ok()?.then_some(())).await?;
-        start_anew(task, &theirs.cgroup).await?;
+        for dir in their_cgroups(task)? {
+            let mut theirs = Theirs::start(&dir, STUBBORN, Path::new("/dev/null")).await?;
+            expect_no_start(&agent, task, &theirs).await?;
+            fs::write(dir.join("cgroup.kill"), "1")?;
+            until("it has ended", || theirs.is_gone().ok()?.then_some(())).await?;
+            start_anew(task, &theirs.cgroup).await?;
+            task.stop().await?;
+        }
         alloc.stop().await?;
         agent.finish().await
     })
