@@ -112,6 +112,7 @@ const ROOMS: [Room; 16] = [
         crates: &[
             "libc",
             "nix",
+            "rmp_serde",
             "rustix",
             "serde",
             "serde_json",

@@ -14,6 +14,7 @@ pub mod state;
 mod stats;
 mod stop;
 mod table;
+mod takeover;
 pub mod types;
 mod wait;
 mod watches;

@@ -12,6 +12,7 @@ use super::log::of_task;
 use super::state::{DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
 use super::table::{Task, TaskTable};
+use super::takeover::Theirs;
 use super::types::{DriverError, Saved, TaskRequest};
 use super::wait::Traces;
 use super::{cpus, wait};
@@ -30,9 +31,16 @@ impl TaskTable {
         if self.find(&request.id).is_some() {
             return Ok(());
         }
-        let state = DriverState::decode(saved.version, &saved.driver_state)
-            .map_err(|error| DriverError::Permanent(error.to_string()))?;
         self.owner(&request.names);
+        let state = match DriverState::decode(saved.version, &saved.driver_state) {
+            Ok(state) => state,
+            Err(error) => {
+                return Err(match Theirs::decode(&saved) {
+                    Some(theirs) => theirs.end(&request).await,
+                    None => DriverError::Permanent(error.to_string()),
+                });
+            }
+        };
         self.reserve(&request.id)?;
         match revive(&request, &state) {
             Ok((task, end)) => {

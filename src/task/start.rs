@@ -19,6 +19,7 @@ use super::log::of_task;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
 use super::table::{Task, TaskTable, create_record, keep_record, lock, record_path};
+use super::takeover;
 use super::types::{DriverError, Saved, TaskRequest};
 use crate::breakpoint;
 use crate::cgroup::Cgroup;
@@ -91,6 +92,7 @@ impl TaskTable {
     ) -> Result<Started, DriverError> {
         let mut phases = Phases::new();
         breakpoint::at(Step::Plan);
+        takeover::expect_no_copy(&request)?;
         let mut plan = self.plan(&request).await?;
         phases.end("plan");
         let output = match output {

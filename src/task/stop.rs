@@ -2,6 +2,7 @@
 //! write the record, and then the whole scope.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -326,10 +327,10 @@ pub(super) fn scopes(unit: &UnitName) -> [Cgroup; 2] {
     [SHARE_SLICE, RESERVE_SLICE].map(|slice| Cgroup::at(&format!("{SLICE}/{slice}/{unit}")))
 }
 
-/// Kills whatever is in a scope's cgroup until nothing is.
-async fn empty(cgroup: &Cgroup, unit: &UnitName) -> Result<(), DriverError> {
+/// Kills whatever is in a cgroup until nothing is.
+pub(super) async fn empty(cgroup: &Cgroup, name: impl fmt::Display) -> Result<(), DriverError> {
     let failed =
-        |error: std::io::Error| DriverError::Permanent(format!("failed to empty {unit}: {error}"));
+        |error: std::io::Error| DriverError::Permanent(format!("failed to empty {name}: {error}"));
     let emptied = async {
         while cgroup.is_populated().map_err(failed)? {
             cgroup.kill().map_err(failed)?;
@@ -341,7 +342,7 @@ async fn empty(cgroup: &Cgroup, unit: &UnitName) -> Result<(), DriverError> {
         .await
         .unwrap_or_else(|_| {
             Err(DriverError::Permanent(format!(
-                "{unit} is not empty after SIGKILL to all of it: a process of it is in uninterruptible sleep (state D in ps)"
+                "{name} is not empty after SIGKILL to all of it: a process of it is in uninterruptible sleep (state D in ps)"
             )))
         })
 }

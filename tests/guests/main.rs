@@ -23,6 +23,7 @@ mod run_job;
 mod scopes;
 mod steps;
 mod surroundings;
+mod takeover;
 mod versions;
 mod view;
 
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         view::CASES,
         recovery::CASES,
         steps::CASES,
+        takeover::CASES,
         run::CASES,
         run_job::CASES,
         dbus::CASES,

@@ -156,7 +156,7 @@ fn an_agent_that_crashed_finds_its_tasks_again(context: &Context) -> Result<()> 
 }
 
 /// The driver's answer to a handle.
-async fn recover(agent: &Agent, handle: TaskHandle) -> Result<Result<(), String>> {
+pub async fn recover(agent: &Agent, handle: TaskHandle) -> Result<Result<(), String>> {
     let request = RecoverTaskRequest {
         task_id: String::new(),
         handle: Some(handle),
@@ -202,7 +202,7 @@ fn a_senseless_handle_is_refused_with_a_sentence(context: &Context) -> Result<()
             ),
             (
                 TaskHandle {
-                    driver_state: vec![0x81, 0xa3, b'P', b'I', b'D', 7],
+                    driver_state: vec![0x81, 0xa3, b'P', b'I', b'X', 7],
                     ..strange.clone()
                 },
                 "the task's handle cannot be read",
