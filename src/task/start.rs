@@ -219,7 +219,9 @@ impl TaskTable {
             }),
             Err(error) => {
                 helper.kill(request, &plan.unit).await;
-                if let Err(left) = self.clear(&plan.unit).await {
+                // What kept the name from us is not ours to clear.
+                let is_own = self.expect_own(&plan.unit).is_ok();
+                if is_own && let Err(left) = self.clear(&plan.unit).await {
                     of_task!(
                         warn,
                         request.names,

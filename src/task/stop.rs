@@ -212,18 +212,19 @@ impl TaskTable {
     }
 
     /// By its name alone, a scope could be another agent's, or of `run`.
-    fn expect_own(&self, unit: &UnitName) -> Result<(), DriverError> {
+    pub(super) fn expect_own(&self, unit: &UnitName) -> Result<(), DriverError> {
         let own = lock(&self.shared.owner).clone();
-        let other = scopes(unit).into_iter().find_map(|scope| scope.owner());
-        match other {
-            Some(other) if other == RUN || own.is_some_and(|own| own != other) => {
-                Err(DriverError::Permanent(format!(
-                    "{unit} belongs to {}, and is left alone",
-                    UnitText::new(&other)
-                )))
-            }
-            _ => Ok(()),
+        let Some(other) = scopes(unit).into_iter().find_map(|scope| scope.owner()) else {
+            return Ok(());
+        };
+        let is_own = own.map_or(other != RUN, |own| own == other);
+        if is_own {
+            return Ok(());
         }
+        Err(DriverError::Permanent(format!(
+            "{unit} belongs to {}, and is left alone",
+            UnitText::new(&other)
+        )))
     }
 
     /// Removes a scope with all that runs in it, and its record. Without systemd too: Nomad does not ask again, and an empty

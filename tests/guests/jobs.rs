@@ -283,7 +283,7 @@ fn a_task_beyond_its_memory_is_killed_and_says_so(context: &Context) -> Result<(
         ensure!(
             events.iter().any(|event| event
                 .message
-                .contains("OOM killer: it reached its memory limit")),
+                .contains("it had reached its memory limit of 32 MiB")),
             "{events:?}"
         );
         agent.finish().await

@@ -24,6 +24,7 @@ mod scopes;
 mod steps;
 mod surroundings;
 mod takeover;
+mod truth;
 mod versions;
 mod view;
 
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         recovery::CASES,
         steps::CASES,
         takeover::CASES,
+        truth::CASES,
         run::CASES,
         run_job::CASES,
         dbus::CASES,
