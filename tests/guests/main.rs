@@ -8,6 +8,7 @@ mod compat;
 mod cores;
 mod dbus;
 mod examples;
+mod faults;
 mod fitness;
 mod ground;
 mod hostile;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         recovery::CASES,
         run::CASES,
         run_job::CASES,
+        faults::CASES,
         dbus::CASES,
         // Last: it takes the guest's bus away for a while.
         fitness::CASES,
