@@ -21,6 +21,7 @@ mod recovery;
 mod run;
 mod run_job;
 mod scopes;
+mod shortage;
 mod surroundings;
 mod versions;
 mod view;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         run::CASES,
         run_job::CASES,
         faults::CASES,
+        shortage::CASES,
         dbus::CASES,
         // Last: it takes the guest's bus away for a while.
         fitness::CASES,

@@ -23,7 +23,7 @@ use anyhow::Result;
 
 pub use case::{Case, Context, Needs, Subject};
 pub use child::Exit;
-pub use payload::Payload;
+pub use payload::{Payload, SMALL_DISK};
 pub use qemu::Qemu;
 pub use release::{GuestName, Kind, Release, Tier};
 pub use run::{RealAgent, Suite, agents, main};

@@ -161,7 +161,7 @@ impl Selection {
         ];
         let agents = payload_names.iter().zip(&agents);
         files.extend(agents.map(|(name, agent)| (name.as_str(), agent.path.as_path())));
-        let payload = Payload::new(&files)?;
+        let payload = Payload::new(&files)?.with_small_disk()?;
         let tally = Tally::default();
         let run = Run {
             plan: &plan,
