@@ -17,6 +17,7 @@ mod leaks;
 mod life;
 mod nomad;
 mod programs;
+mod reboot;
 mod recovery;
 mod run;
 mod run_job;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         dbus::CASES,
         // Last: it takes the guest's bus away for a while.
         fitness::CASES,
+        reboot::CASES,
     ]
     .concat();
     for case in &mut cases {
@@ -69,14 +71,22 @@ fn main() -> ExitCode {
     })
 }
 
-/// A row of a case table: the name is the module's and the function's.
+/// A row of a case table: the name is the module's and the function's. With a second function it is a case that reboots the
+/// guest in between.
 macro_rules! case {
     ($needs:ident, $subject:ident, $function:ident) => {
+        case!(@ $needs, $subject, $function, None)
+    };
+    ($needs:ident, $subject:ident, $function:ident, $after_reboot:ident) => {
+        case!(@ $needs, $subject, $function, Some($after_reboot))
+    };
+    (@ $needs:ident, $subject:ident, $function:ident, $after_reboot:expr) => {
         harness::guest::Case {
             name: concat!(module_path!(), "::", stringify!($function)),
             needs: harness::guest::Needs::$needs,
             subject: harness::guest::Subject::$subject,
             run: $function,
+            after_reboot: $after_reboot,
         }
     };
 }

@@ -46,6 +46,9 @@ pub trait Guest {
     /// Writes a file inside. Meant for small things: the big ones travel in the payload.
     fn put(&mut self, path: &Path, content: &[u8]) -> Result<()>;
 
+    /// Shuts the guest down as an administrator does, and waits until it is up again. Its disk stays as it was.
+    fn reboot(&mut self) -> Result<()>;
+
     /// What the machine's console has shown so far.
     fn console(&self) -> String;
 }
