@@ -105,7 +105,11 @@ fn a_real_agents_job_runs_again_after_a_reboot(context: &Context) -> Result<()> 
             .user("root")
             .unveil(&[&format!("rwc:{KEPT}"), "r:/proc/sys/kernel/random"])
             .text()
-            .replace("\"batch\"", "\"service\"");
+            .replace("\"batch\"", "\"service\"")
+            .replace(
+                "attempts = 0\n unlimited = false",
+                "delay = \"5s\"\n delay_function = \"constant\"\n unlimited = true",
+            );
         let ids = agent.run(&job).await?;
         let id = ids.first().context("no allocation")?;
         agent.wait_for(id, &["running"]).await?;
@@ -120,11 +124,30 @@ fn and_runs_once(context: &Context) -> Result<()> {
     let id = String::from_utf8(kept("alloc")?)?;
     context.block_on(async {
         let agent = RealAgent::take_up(config(context), data).await?;
-        tokio::time::sleep(Duration::from_secs(30)).await;
-        for event in agent.events(&id, "t").await? {
-            context.note(format!("{}: {}", event.kind, event.message));
-        }
-        context.note(format!("{:?}", boots()));
+        until("it runs again", || (boots().len() == 2).then_some(())).await?;
+        let told: Vec<String> = agent
+            .events(&id, "t")
+            .await?
+            .into_iter()
+            .map(|event| format!("{}: {}", event.kind, event.message))
+            .collect();
+        context.note(told.join("\n"));
+        ensure!(told.iter().any(|line| line.contains("reboot")), "{told:?}");
+        let ids = agent.allocations_of("case").await?;
+        ensure!(ids.len() == 2, "{ids:?}");
+        let other = ids
+            .iter()
+            .find(|other| **other != id)
+            .context("another allocation")?;
+        agent.wait_for(other, &["running"]).await?;
+        // Not a second time.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let boots = boots();
+        let this = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        ensure!(
+            boots.len() == 2 && boots[0] != boots[1] && boots[1] == this.trim(),
+            "{boots:?}"
+        );
         agent.stop("case").await?;
         agent.collect().await?;
         fs::remove_dir_all(KEPT)?;

@@ -217,12 +217,14 @@ fn a_host_without_memory_keeps_its_tasks(context: &Context) -> Result<()> {
         let counter = up(&agent, &Job::shell(COUNTER)).await?;
         let sleeper = running(&agent, &Job::command("sleep", &["600"])).await?;
         let supervisors = (counter.2.supervisor()?, sleeper.2.supervisor()?);
+        let ballast = Ballast::new()?;
         // In a unit of its own: systemd ends one of whose processes the kernel kills.
         let hog = tokio::process::Command::new("systemd-run")
             .args(["--collect", "--wait", "--unit=hog", "perl", "-e"])
-            .arg("push @all, 'x' x (256 << 20) while 1")
+            .arg("push @all, 'x' x (64 << 20) while 1")
             .output()
             .await?;
+        drop(ballast);
         let told = String::from_utf8_lossy(&hog.stderr).into_owned();
         ensure!(told.contains("oom-kill"), "{told}");
 
@@ -238,6 +240,47 @@ fn a_host_without_memory_keeps_its_tasks(context: &Context) -> Result<()> {
         ensure!(told.is_none(), "{told:?}");
         agent.finish().await
     })
+}
+
+/// Most of the guest's memory, until this is dropped: an emulated machine is slow to give it to a process page by page, and
+/// slower still once it drops the pages of programs again and again before it kills. So it is not to drop those in use.
+struct Ballast;
+
+impl Ballast {
+    const DIR: &str = "/mnt";
+    const IN_USE_MS: &str = "/sys/kernel/mm/lru_gen/min_ttl_ms";
+    const SPARED_KIB: u64 = 300 << 10;
+
+    fn new() -> Result<Ballast> {
+        let meminfo = fs::read_to_string("/proc/meminfo")?;
+        let available = meminfo
+            .lines()
+            .find_map(|line| {
+                line.strip_prefix("MemAvailable:")?
+                    .trim()
+                    .strip_suffix(" kB")
+            })
+            .context("no MemAvailable")?;
+        let size_kib = available.parse::<u64>()?.saturating_sub(Self::SPARED_KIB);
+        let options = format!("size={}k", size_kib + 1024);
+        said(
+            "mount",
+            &["-t", "tmpfs", "-o", &options, "ballast", Self::DIR],
+        )?;
+        let ballast = Ballast;
+        fs::write(Self::IN_USE_MS, "1000")?;
+        let file = Path::new(Self::DIR).join("file");
+        let size = format!("{size_kib}KiB");
+        said("fallocate", &["--length", &size, &file.to_string_lossy()])?;
+        Ok(ballast)
+    }
+}
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::IN_USE_MS, "0");
+        let _ = said("umount", &[Self::DIR]);
+    }
 }
 
 /// As on a hung NFS mount: a write to a frozen file system, which no signal interrupts.
