@@ -8,6 +8,7 @@ mod compat;
 mod cores;
 mod dbus;
 mod examples;
+mod faults;
 mod fitness;
 mod ground;
 mod hostile;
@@ -17,10 +18,12 @@ mod leaks;
 mod life;
 mod nomad;
 mod programs;
+mod reboot;
 mod recovery;
 mod run;
 mod run_job;
 mod scopes;
+mod shortage;
 mod steps;
 mod surroundings;
 mod takeover;
@@ -56,10 +59,13 @@ fn main() -> ExitCode {
         truth::CASES,
         run::CASES,
         run_job::CASES,
+        faults::CASES,
+        shortage::CASES,
         dbus::CASES,
         // Last: they take the guest's journal and bus away for a while.
         journal::CASES,
         fitness::CASES,
+        reboot::CASES,
     ]
     .concat();
     for case in &mut cases {
@@ -73,14 +79,22 @@ fn main() -> ExitCode {
     })
 }
 
-/// A row of a case table: the name is the module's and the function's.
+/// A row of a case table: the name is the module's and the function's. With a second function it is a case that reboots the
+/// guest in between.
 macro_rules! case {
     ($needs:ident, $subject:ident, $function:ident) => {
+        case!(@ $needs, $subject, $function, None)
+    };
+    ($needs:ident, $subject:ident, $function:ident, $after_reboot:ident) => {
+        case!(@ $needs, $subject, $function, Some($after_reboot))
+    };
+    (@ $needs:ident, $subject:ident, $function:ident, $after_reboot:expr) => {
         harness::guest::Case {
             name: concat!(module_path!(), "::", stringify!($function)),
             needs: harness::guest::Needs::$needs,
             subject: harness::guest::Subject::$subject,
             run: $function,
+            after_reboot: $after_reboot,
         }
     };
 }

@@ -1,8 +1,9 @@
 //! A case: one behaviour, looked at from inside a guest.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::{GuestName, Kind, PAYLOAD_DIR};
 
@@ -48,6 +49,38 @@ pub struct Case {
     pub needs: Needs,
     pub subject: Subject,
     pub run: fn(&Context) -> Result<()>,
+    /// What is looked at after a reboot of the guest. `run` then comes before it, leaves what there is to see, and keeps on
+    /// the guest's disk what this has to know.
+    pub after_reboot: Option<fn(&Context) -> Result<()>>,
+}
+
+/// How much of a case is run: one that reboots its guest comes in two halves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Whole,
+    BeforeReboot,
+    AfterReboot,
+}
+
+impl Part {
+    pub fn name(self) -> &'static str {
+        match self {
+            Part::Whole => "whole",
+            Part::BeforeReboot => "before-reboot",
+            Part::AfterReboot => "after-reboot",
+        }
+    }
+}
+
+impl FromStr for Part {
+    type Err = anyhow::Error;
+
+    fn from_str(name: &str) -> Result<Part> {
+        [Part::Whole, Part::BeforeReboot, Part::AfterReboot]
+            .into_iter()
+            .find(|part| part.name() == name)
+            .with_context(|| format!("{name} is no part of a case"))
+    }
 }
 
 /// What a case may ask of the guest it runs in.

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::case::{AT_AGENT, Case, Context, NOTE};
+use super::case::{AT_AGENT, Case, Context, NOTE, Part};
 use super::{GuestName, child};
 use crate::leaks::{Ground, Leak};
 
@@ -38,8 +38,9 @@ pub struct Ended {
     pub output: String,
 }
 
-/// Runs the named cases one after the other.
-pub fn run_all(guest: GuestName, case_seconds: u64, names: &[String]) -> Result<()> {
+/// Runs the named cases, or one half of each, one after the other. Of a first half that went well nothing is told: its case
+/// has not ended.
+pub fn run_all(part: Part, guest: GuestName, case_seconds: u64, names: &[String]) -> Result<()> {
     let outputs = tempfile::tempdir()?;
     for (number, name) in names.iter().enumerate() {
         tell(&Report::Running {
@@ -47,12 +48,15 @@ pub fn run_all(guest: GuestName, case_seconds: u64, names: &[String]) -> Result<
             seconds: 0.0,
         })?;
         let ended = run_one(
+            part,
             guest,
             name,
             Duration::from_secs(case_seconds),
             &outputs.path().join(number.to_string()),
         )?;
-        tell(&Report::Ended(ended))?;
+        if part != Part::BeforeReboot || ended.failure.is_some() {
+            tell(&Report::Ended(ended))?;
+        }
     }
     Ok(())
 }
@@ -62,13 +66,19 @@ fn tell(report: &Report) -> Result<()> {
     Ok(())
 }
 
-fn run_one(guest: GuestName, name: &str, patience: Duration, output_path: &Path) -> Result<Ended> {
+fn run_one(
+    part: Part,
+    guest: GuestName,
+    name: &str,
+    patience: Duration,
+    output_path: &Path,
+) -> Result<Ended> {
     // A file, not a pipe: a process that a case forgot cannot hold it against us.
     let output = File::create(output_path)?;
     let ground = Ground::survey()?;
     let begun = Instant::now();
     let mut case = Command::new("/proc/self/exe")
-        .args(["--case", &guest.to_string(), name])
+        .args(["--case", part.name(), &guest.to_string(), name])
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
@@ -76,7 +86,11 @@ fn run_one(guest: GuestName, name: &str, patience: Duration, output_path: &Path)
         .spawn()?;
     let mut failure = watch(&mut case, name, begun, patience)?;
     let seconds = begun.elapsed().as_secs_f64();
-    let left = ground.left()?;
+    // What the first half leaves is there on purpose.
+    let left = match (part, &failure) {
+        (Part::BeforeReboot, None) => Vec::new(),
+        _ => ground.left()?,
+    };
     left.iter().for_each(Leak::clear);
     if failure.is_none() && !left.is_empty() {
         let left: Vec<String> = left.iter().map(Leak::to_string).collect();
@@ -129,7 +143,7 @@ fn watch(
 }
 
 /// Runs one case in this very process.
-pub fn run_here(cases: &[Case], guest: GuestName, name: &str) -> Result<()> {
+pub fn run_here(cases: &[Case], part: Part, guest: GuestName, name: &str) -> Result<()> {
     let (function, agent) = match name.split_once(AT_AGENT) {
         Some((function, agent)) => (function, Some(agent)),
         None => (name, None),
@@ -137,5 +151,10 @@ pub fn run_here(cases: &[Case], guest: GuestName, name: &str) -> Result<()> {
     let Some(case) = cases.iter().find(|case| case.name == function) else {
         bail!("there is no case {function}")
     };
-    (case.run)(&Context::new(guest, agent))
+    let context = Context::new(guest, agent);
+    match (part, case.after_reboot) {
+        (Part::AfterReboot, Some(after_reboot)) => after_reboot(&context),
+        (Part::AfterReboot, None) => bail!("{function} does not reboot its guest"),
+        (Part::Whole | Part::BeforeReboot, _) => (case.run)(&context),
+    }
 }

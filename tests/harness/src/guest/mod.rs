@@ -23,7 +23,7 @@ use anyhow::Result;
 
 pub use case::{Case, Context, Needs, Subject};
 pub use child::Exit;
-pub use payload::Payload;
+pub use payload::{Payload, SMALL_DISK};
 pub use qemu::Qemu;
 pub use release::{GuestName, Kind, Release, Tier};
 pub use run::{RealAgent, Suite, agents, main};
@@ -45,6 +45,9 @@ pub trait Guest {
 
     /// Writes a file inside. Meant for small things: the big ones travel in the payload.
     fn put(&mut self, path: &Path, content: &[u8]) -> Result<()>;
+
+    /// Shuts the guest down as an administrator does, and waits until it is up again. Its disk stays as it was.
+    fn reboot(&mut self) -> Result<()>;
 
     /// What the machine's console has shown so far.
     fn console(&self) -> String;

@@ -142,6 +142,10 @@ impl Guest for Nspawn {
             .with_context(|| format!("cannot write {} in {}", path.display(), self.name))
     }
 
+    fn reboot(&mut self) -> Result<()> {
+        bail!("{} is a container: use a qemu guest", self.name)
+    }
+
     fn console(&self) -> String {
         fs::read_to_string(&self.console).unwrap_or_default()
     }

@@ -16,6 +16,9 @@ use super::child;
 /// Room for test executables with line tables and a real agent.
 pub const IMAGE_SIZE: &str = "1536M";
 
+/// A file in a payload with an empty ext4 file system in it: not every guest can make one.
+pub const SMALL_DISK: &str = "small.ext4";
+
 #[derive(Debug)]
 pub struct Payload {
     run: RunDir,
@@ -39,6 +42,15 @@ impl Payload {
             run,
             image: Mutex::new(None),
         })
+    }
+
+    /// Adds the file system that a case may mount, and freeze.
+    pub fn with_small_disk(self) -> Result<Payload> {
+        let mut command = Command::new("mke2fs");
+        command.args(["-q", "-F", "-t", "ext4"]);
+        command.arg(self.dir().join(SMALL_DISK)).arg("4M");
+        child::succeed(&mut command, Duration::from_secs(60))?;
+        Ok(self)
     }
 
     pub fn dir(&self) -> PathBuf {

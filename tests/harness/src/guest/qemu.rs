@@ -4,14 +4,15 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use super::build::Built;
 use super::child::{self, Exit};
 use super::qmp::Monitor;
-use super::snapshot::Snapshot;
+use super::snapshot::{self, Snapshot};
 use super::{Boot, Forward, Guest, GuestName, PAYLOAD_DIR};
 
 /// Part of the snapshot's key: a machine resumes only in one that is built the same.
@@ -49,6 +50,8 @@ mount -o ro /dev/vdb "$3"
 
 /// Generous: a busy host makes the emulation slower still.
 const RESUME_PATIENCE: Duration = Duration::from_secs(180);
+const REBOOT_PATIENCE: Duration = Duration::from_secs(600);
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// A running emulator and the way into it.
 #[derive(Debug)]
@@ -318,6 +321,36 @@ impl Guest for Qemu {
             self.name
         );
         Ok(())
+    }
+
+    fn reboot(&mut self) -> Result<()> {
+        let boot_id = |machine: &Machine| -> Result<String> {
+            let mut asked = machine.ssh.command(&[], &["cat", BOOT_ID]);
+            child::succeed(&mut asked, RESUME_PATIENCE)
+        };
+        let before = boot_id(&self.machine)?;
+        let mut asked = self.machine.ssh.command(&[], &["systemctl", "reboot"]);
+        child::succeed(&mut asked, RESUME_PATIENCE)?;
+        let deadline = Instant::now() + REBOOT_PATIENCE;
+        loop {
+            // The connection is to the machine as it was.
+            let _ = self.machine.ssh.hang_up();
+            match boot_id(&self.machine) {
+                Ok(id) if id != before => break,
+                _ if Instant::now() > deadline => bail!(
+                    "{} does not come back\n{}",
+                    self.name,
+                    child::tail(&self.machine.console(), 30)
+                ),
+                _ => thread::sleep(Duration::from_millis(500)),
+            }
+        }
+        snapshot::await_running(&self.machine)?;
+        let mut mount = self
+            .machine
+            .ssh
+            .command(&[], &["mount", "-o", "ro", "/dev/vdb", PAYLOAD_DIR]);
+        child::succeed(&mut mount, RESUME_PATIENCE).map(drop)
     }
 
     fn console(&self) -> String {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::case::{AT_AGENT, Case, Subject, payload_name};
+use super::case::{AT_AGENT, Case, Part, Subject, payload_name};
 use super::inside::{self, Report};
 use super::report::Tally;
 use super::{Boot, Exit, Guest, GuestName, Kind, PAYLOAD_DIR, Payload, Tier, child};
@@ -30,11 +30,8 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
-        ["--inside", guest, seconds, ..] => run_inside(guest, seconds, &arguments[3..]),
-        ["--case", guest, name] => guest
-            .parse()
-            .and_then(|guest| inside::run_here(suite.cases, guest, name))
-            .map(|()| ExitCode::SUCCESS),
+        ["--inside", part, guest, seconds, ..] => run_inside(part, guest, seconds, &arguments[4..]),
+        ["--case", part, guest, name] => run_case(suite, part, guest, name),
         words => Selection::parse(words).and_then(|selection| selection.run(suite)),
     };
     done.unwrap_or_else(|error| {
@@ -43,8 +40,13 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     })
 }
 
-fn run_inside(guest: &str, seconds: &str, names: &[String]) -> Result<ExitCode> {
-    inside::run_all(guest.parse()?, seconds.parse()?, names)?;
+fn run_inside(part: &str, guest: &str, seconds: &str, names: &[String]) -> Result<ExitCode> {
+    inside::run_all(part.parse()?, guest.parse()?, seconds.parse()?, names)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_case(suite: &Suite<'_>, part: &str, guest: &str, name: &str) -> Result<ExitCode> {
+    inside::run_here(suite.cases, part.parse()?, guest.parse()?, name)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -161,9 +163,10 @@ impl Selection {
         ];
         let agents = payload_names.iter().zip(&agents);
         files.extend(agents.map(|(name, agent)| (name.as_str(), agent.path.as_path())));
-        let payload = Payload::new(&files)?;
+        let payload = Payload::new(&files)?.with_small_disk()?;
         let tally = Tally::default();
         let run = Run {
+            cases: suite.cases,
             plan: &plan,
             payload: &payload,
             logs: suite.logs,
@@ -233,6 +236,7 @@ fn version(nomad: &Path) -> Result<String> {
 }
 
 struct Run<'a> {
+    cases: &'a [Case],
     plan: &'a [(GuestName, Vec<String>)],
     payload: &'a Payload,
     logs: &'a Path,
@@ -323,6 +327,37 @@ impl Run<'_> {
             },
         )?;
         println!("{name}: ready in {:.2} s", begun.elapsed().as_secs_f64());
+        let (rebooting, others): (Vec<String>, Vec<String>) =
+            names.iter().cloned().partition(|name| self.reboots(name));
+        if !others.is_empty() {
+            self.run_part(&mut *guest, Part::Whole, &others, reported)?;
+        }
+        // Last, as they leave a guest that is no longer the one that was booted.
+        for case in rebooting {
+            let case = std::slice::from_ref(&case);
+            self.run_part(&mut *guest, Part::BeforeReboot, case, reported)?;
+            if !reported.contains(&case[0]) {
+                guest.reboot()?;
+                self.run_part(&mut *guest, Part::AfterReboot, case, reported)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn reboots(&self, name: &str) -> bool {
+        let function = name.split(AT_AGENT).next().unwrap_or(name);
+        let mut cases = self.cases.iter();
+        cases.any(|case| case.name == function && case.after_reboot.is_some())
+    }
+
+    fn run_part(
+        &self,
+        guest: &mut dyn Guest,
+        part: Part,
+        names: &[String],
+        reported: &mut Vec<String>,
+    ) -> Result<()> {
+        let name = guest.name();
         let case_seconds: u64 = match name.kind {
             Kind::Nspawn => 120,
             Kind::Qemu => 300,
@@ -332,7 +367,13 @@ impl Run<'_> {
             case_seconds.to_string(),
             name.to_string(),
         );
-        let mut argv = vec![runner.as_str(), "--inside", &guest_name, &seconds];
+        let mut argv = vec![
+            runner.as_str(),
+            "--inside",
+            part.name(),
+            &guest_name,
+            &seconds,
+        ];
         argv.extend(names.iter().map(String::as_str));
         let patience = Duration::from_secs(60 + case_seconds * names.len() as u64);
         let (mut last, mut chatter) = (String::new(), String::new());
@@ -356,7 +397,7 @@ impl Run<'_> {
             },
         )?;
         if failures > 0 || exit != Exit::Code(0) {
-            self.keep_logs(&mut *guest);
+            self.keep_logs(guest);
         }
         if exit != Exit::Code(0) {
             bail!(
@@ -405,18 +446,21 @@ mod tests {
             needs: Needs::Speed,
             subject: Subject::Ours,
             run: |_| Ok(()),
+            after_reboot: None,
         },
         Case {
             name: "a::limited",
             needs: Needs::Limits,
             subject: Subject::Ours,
             run: |_| Ok(()),
+            after_reboot: None,
         },
         Case {
             name: "b::real",
             needs: Needs::Limits,
             subject: Subject::Agent,
             run: |_| Ok(()),
+            after_reboot: None,
         },
     ];
 

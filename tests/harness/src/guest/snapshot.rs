@@ -100,7 +100,7 @@ fn freeze(built: &Built, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn await_running(machine: &Machine) -> Result<()> {
+pub fn await_running(machine: &Machine) -> Result<()> {
     let deadline = Instant::now() + BOOT_PATIENCE;
     while Instant::now() < deadline {
         let mut said = String::new();

@@ -146,12 +146,17 @@ impl RealAgent {
     /// Stops a job and waits for the end of its allocations.
     pub async fn stop(&self, job: &str) -> Result<()> {
         self.api.delete(&format!("/v1/job/{job}")).await?;
-        let allocations = self.api.get(&format!("/v1/job/{job}/allocations")).await?;
-        for allocation in allocations.as_array().into_iter().flatten() {
-            self.wait_for(&text(&allocation["ID"]), &["complete", "failed", "lost"])
-                .await?;
+        for id in self.allocations_of(job).await? {
+            self.wait_for(&id, &["complete", "failed", "lost"]).await?;
         }
         Ok(())
+    }
+
+    /// The ids of a job's allocations.
+    pub async fn allocations_of(&self, job: &str) -> Result<Vec<String>> {
+        let found = self.api.get(&format!("/v1/job/{job}/allocations")).await?;
+        let found = found.as_array().into_iter().flatten();
+        Ok(found.map(|allocation| text(&allocation["ID"])).collect())
     }
 
     /// Collects finished allocations: their directories and mounts go.

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tokio::time::sleep;
 
@@ -72,6 +71,22 @@ pub enum Start {
     Child,
 }
 
+/// Goes with the agent.
+#[derive(Debug)]
+struct DataDir(PathBuf);
+
+impl DataDir {
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for DataDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// How an agent ends.
 #[derive(Debug, Clone, Copy)]
 enum End {
@@ -83,7 +98,7 @@ enum End {
 #[derive(Debug)]
 pub struct RealAgent {
     config: RealConfig,
-    data: TempDir,
+    data: DataDir,
     child: Option<Child>,
     api: Api,
     node: String,
@@ -112,6 +127,7 @@ impl RealAgent {
         let data = tempfile::Builder::new()
             .prefix("nomad-")
             .tempdir_in(&config.base)?;
+        let data = DataDir(data.keep());
         std::fs::set_permissions(
             data.path(),
             std::os::unix::fs::PermissionsExt::from_mode(0o755),
@@ -122,6 +138,10 @@ impl RealAgent {
             .with_context(|| config.plugin.display().to_string())?;
         let text = setup::agent_hcl(&config, data.path())?;
         std::fs::write(data.path().join("agent.hcl"), text)?;
+        RealAgent::spawned(config, data).await
+    }
+
+    async fn spawned(config: RealConfig, data: DataDir) -> Result<Self> {
         let api = Api { port: config.port };
         let mut agent = RealAgent {
             config,
@@ -219,6 +239,20 @@ impl RealAgent {
         self.end(End::Crash).await?;
         self.spawn().await?;
         self.ready("Healthy").await
+    }
+
+    /// Leaves the agent running, for a reboot to end. Its data directory is the argument of [`RealAgent::take_up`].
+    pub fn leave(self) -> PathBuf {
+        let dir = self.data.path().to_owned();
+        std::mem::forget(self);
+        dir
+    }
+
+    /// An agent on the data that one before a reboot left, set up in the same way.
+    pub async fn take_up(config: RealConfig, data: PathBuf) -> Result<Self> {
+        let mut agent = RealAgent::spawned(config, DataDir(data)).await?;
+        agent.ready("Healthy").await?;
+        Ok(agent)
     }
 
     /// Ends the agent, which leaves running tasks alone.
