@@ -200,13 +200,17 @@ impl TaskTable {
         tokio::spawn(async move {
             let _turn = turn;
             while task.ended().is_none() {
-                let kills = task.cgroup.oom_kills().unwrap_or(0);
+                let peak = task.cgroup.memory().peak_bytes.unwrap_or(0);
+                let max = task.cgroup.memory_max_bytes();
+                // Without its files the scope is gone, and whoever watches the task tells.
+                let (Some(kills), Some(max)) = (task.cgroup.oom_kills(), max) else {
+                    return;
+                };
                 if kills <= *lock(&task.oom_kills_told) {
                     return;
                 }
+                let max = max.unwrap_or(0);
                 let victims = victims(task.cgroup.path_in_hierarchy()).await;
-                let max = task.cgroup.memory_max_bytes().flatten().unwrap_or(0);
-                let peak = task.cgroup.memory().peak_bytes.unwrap_or(0);
                 tasks.tell_kills(&task, kills, &victims, max, peak);
                 // What happened meanwhile is seen by the next look.
                 tokio::time::sleep(BETWEEN_EVENTS).await;

@@ -4,6 +4,7 @@
 
 mod agent;
 mod bad_input;
+mod bus;
 mod compat;
 mod cores;
 mod dbus;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         agent::CASES,
         view::CASES,
         recovery::CASES,
+        bus::CASES,
         steps::CASES,
         takeover::CASES,
         truth::CASES,

@@ -31,7 +31,7 @@ use crate::nomad::{Job, Scope, said, until};
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_start_takes_its_steps_in_their_order),
     case!(Speed, Ours, an_end_takes_its_steps_in_their_order),
-    case!(Both, Ours, a_plugin_that_dies_in_a_start_leaves_nothing),
+    case!(Speed, Ours, a_plugin_that_dies_in_a_start_leaves_nothing),
     case!(
         Speed,
         Ours,

@@ -1,6 +1,7 @@
 //! What is said about a task is what happened to it: who ended it, by which signal, at which limit. And who may touch it.
 
 use std::collections::BTreeSet;
+use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
@@ -24,6 +25,7 @@ pub const CASES: &[Case] = &[
         an_end_because_of_a_killed_child_is_an_oom_kill
     ),
     case!(Speed, Ours, an_end_from_outside_is_told),
+    case!(Both, Ours, an_end_without_a_record_is_what_the_kernel_says),
     case!(Speed, Ours, a_stop_that_had_to_kill_is_told),
     case!(Both, Ours, every_signal_arrives_however_it_is_spelled),
     case!(
@@ -174,6 +176,40 @@ fn an_end_from_outside_is_told(context: &Context) -> Result<()> {
             );
             alloc.stop().await?;
         }
+        agent.finish().await
+    })
+}
+
+/// A plugin that is not the supervisor's parent learns nothing of it but that it is gone. The kernel keeps the end of a process
+/// for whoever has its pidfd since 6.15.
+fn an_end_without_a_record_is_what_the_kernel_says(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let alloc = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+        let task = alloc.only_task()?;
+        let lost = agent.restart().await?;
+        ensure!(lost.is_empty(), "{lost:?}");
+        let supervisor = Scope::of(task)?.supervisor()?.to_string();
+        said("kill", &["-KILL", &supervisor])?;
+        let exit = task.wait().await?;
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        let mut numbers = release
+            .split(['.', '-'])
+            .map_while(|part| part.parse::<u32>().ok());
+        let kernel = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+        if kernel >= (6, 15) {
+            ensure!(
+                (exit.code, exit.signal, &*exit.message) == (137, 9, ""),
+                "{exit:?}"
+            );
+            until_told(&agent, &alloc, "was killed from outside of Nomad").await?;
+        } else {
+            ensure!(
+                exit.message.contains("ended without an exit record"),
+                "{exit:?}"
+            );
+        }
+        ensure!(!exit.success() && !exit.oom_killed, "{exit:?}");
         agent.finish().await
     })
 }
