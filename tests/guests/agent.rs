@@ -45,7 +45,7 @@ const SECRET: &str = include_str!("../nomad/secret.nomad.hcl");
 const OVERSUBSCRIPTION: &str = include_str!("../nomad/oversubscription.nomad.hcl");
 const BRIDGE: &str = include_str!("../nomad/bridge.nomad.hcl");
 
-async fn agent(context: &Context) -> Result<RealAgent> {
+pub async fn agent(context: &Context) -> Result<RealAgent> {
     agent_with(context, 2_000).await
 }
 
@@ -59,14 +59,14 @@ async fn agent_with(context: &Context, total_compute_mhz: u64) -> Result<RealAge
 }
 
 /// Runs a batch job to its end; its allocation and its client status.
-async fn to_end(agent: &RealAgent, job: &str) -> Result<(String, String)> {
+pub async fn to_end(agent: &RealAgent, job: &str) -> Result<(String, String)> {
     let ids = agent.run(job).await?;
     let id = ids.first().context("no allocation")?.clone();
     let status = agent.wait_for(&id, &["complete", "failed"]).await?;
     Ok((id, status))
 }
 
-async fn messages(agent: &RealAgent, id: &str, task: &str) -> Result<Vec<String>> {
+pub async fn messages(agent: &RealAgent, id: &str, task: &str) -> Result<Vec<String>> {
     let events = agent.events(id, task).await?;
     Ok(events
         .into_iter()
@@ -75,7 +75,7 @@ async fn messages(agent: &RealAgent, id: &str, task: &str) -> Result<Vec<String>
 }
 
 /// The scope of a running task, found from outside.
-fn scope_of(alloc: &str, task: &str) -> Result<Scope> {
+pub fn scope_of(alloc: &str, task: &str) -> Result<Scope> {
     let pattern = format!("exec2-{task}-{}-*.scope", &alloc[..8]);
     let listed = said(
         "systemctl",
@@ -497,7 +497,7 @@ fn a_real_agents_new_log_collector_takes_over_from_a_dead_one(context: &Context)
 }
 
 /// Waits until the log of a task has that many lines.
-async fn logged(agent: &RealAgent, id: &str, lines: usize) -> Result<()> {
+pub async fn logged(agent: &RealAgent, id: &str, lines: usize) -> Result<()> {
     let begun = Instant::now();
     loop {
         let log = agent.logs(id, "t", "stdout").await?;

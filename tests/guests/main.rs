@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod agent;
+mod agent_faults;
 mod bad_input;
 mod bus;
 mod compat;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         compat::CASES,
         versions::CASES,
         agent::CASES,
+        agent_faults::CASES,
         view::CASES,
         recovery::CASES,
         bus::CASES,

@@ -50,27 +50,27 @@ pub const CASES: &[Case] = &[
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where the driver stops and asks.
-struct Breakpoints {
+pub struct Breakpoints {
     _dir: TempDir,
-    config: Config,
+    pub config: Config,
     reached: UnboundedReceiver<Reached>,
 }
 
 /// A step that is about to be taken, by whoever waits at the other end.
-struct Reached {
+pub struct Reached {
     step: String,
     who: UnixStream,
 }
 
 impl Reached {
-    fn go_on(mut self) {
+    pub fn go_on(mut self) {
         // Whoever was killed meanwhile does not hear it.
         let _ = self.who.write_all(&[0]);
     }
 }
 
 impl Breakpoints {
-    fn new() -> Result<Breakpoints> {
+    pub fn new() -> Result<Breakpoints> {
         let dir = tempfile::tempdir()?;
         let socket = dir.path().join("breakpoints");
         let listener = UnixListener::bind(&socket)?;
@@ -99,7 +99,7 @@ impl Breakpoints {
     }
 
     /// Lets every step pass until this one.
-    async fn until(&mut self, step: impl std::fmt::Debug) -> Result<Reached> {
+    pub async fn until(&mut self, step: impl std::fmt::Debug) -> Result<Reached> {
         let wanted = format!("{step:?}");
         loop {
             let reached = self
@@ -114,7 +114,10 @@ impl Breakpoints {
     }
 
     /// Lets everything pass while `work` is done; the steps.
-    async fn all<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<(T, Vec<String>)> {
+    pub async fn all<T>(
+        &mut self,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<(T, Vec<String>)> {
         let mut steps = Vec::new();
         tokio::pin!(work);
         loop {

@@ -44,6 +44,8 @@ pub struct RealConfig {
     pub total_compute_mhz: Option<u64>,
     /// Further lines of the `client` block.
     pub client: String,
+    /// Variables of the agent's environment, which the plugin inherits.
+    pub env: Vec<(String, String)>,
 }
 
 impl RealConfig {
@@ -58,6 +60,7 @@ impl RealConfig {
             port: 4646,
             total_compute_mhz: None,
             client: String::new(),
+            env: Vec::new(),
         }
     }
 }
@@ -170,13 +173,14 @@ impl RealAgent {
                     .args(["agent", "-config"])
                     .arg(hcl)
                     .stdin(Stdio::null());
-                command.stdout(log.try_clone()?).stderr(log);
+                let env = self.config.env.iter().map(|(name, value)| (name, value));
+                command.envs(env).stdout(log.try_clone()?).stderr(log);
                 self.child = Some(command.spawn().context("start nomad")?);
             }
             Start::Service(unit) => {
                 let path = unit_file(unit);
                 let nomad = self.config.nomad.canonicalize()?;
-                std::fs::write(path, setup::unit(&nomad, &hcl, &log))?;
+                std::fs::write(path, setup::unit(&nomad, &hcl, &log, &self.config.env))?;
                 run(Command::new("systemctl").arg("daemon-reload")).await?;
                 run(Command::new("systemctl").args(["start", unit])).await?;
             }

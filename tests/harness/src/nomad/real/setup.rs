@@ -35,11 +35,15 @@ pub(super) fn agent_hcl(config: &RealConfig, data: &Path) -> Result<String> {
 
 /// A unit as Nomad's packages have it. No transient one: the agent's logmons stay behind in its cgroup, and its name would not
 /// be free for the next start.
-pub(super) fn unit(nomad: &Path, hcl: &Path, log: &Path) -> String {
+pub(super) fn unit(nomad: &Path, hcl: &Path, log: &Path, env: &[(String, String)]) -> String {
+    let env = env
+        .iter()
+        .map(|(name, value)| format!("Environment={name}={value}\n"));
+    let env: String = env.collect();
     format!(
         "[Service]\nType=notify\nExecStart={nomad} agent -config {hcl}\nKillMode=process\nKillSignal=SIGINT\n\
          LimitNOFILE=65536\nLimitNPROC=infinity\nOOMScoreAdjust=-1000\nTasksMax=infinity\n\
-         StandardOutput=append:{log}\nStandardError=append:{log}\n",
+         StandardOutput=append:{log}\nStandardError=append:{log}\n{env}",
         nomad = nomad.display(),
         hcl = hcl.display(),
         log = log.display(),
