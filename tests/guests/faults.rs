@@ -128,7 +128,7 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         let (main, before) = (scope.main()?, limits(scope)?);
 
         let short = Job::shell("exit 4").text();
-        let (mut done, mut refused) = (0, 0);
+        let (mut done, mut refusals) = (0, Vec::new());
         let rounds = Cell::new(0);
         let work = async {
             while rounds.get() < ROUNDS {
@@ -142,7 +142,7 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
                     Err(error) => {
                         let told = error.downcast_ref::<RpcError>();
                         ensure!(told.is_some_and(|told| told.recoverable), "{error:#}");
-                        refused += 1;
+                        refusals.push(told.map(|told| told.message.clone()));
                     }
                 }
             }
@@ -166,8 +166,12 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         }
         said("systemctl", &[verb])?;
         context.note(format!(
-            "{ROUNDS} times {verb}: {done} starts done, {refused} refused for now"
+            "{ROUNDS} times {verb}: {done} starts done, {} refused for now",
+            refusals.len()
         ));
+        for sentence in refusals.into_iter().flatten() {
+            context.note(sentence);
+        }
         ensure!(done > 0, "no start went through");
 
         let after = limits(scope)?;
@@ -289,6 +293,8 @@ fn a_frozen_task_is_stopped(context: &Context) -> Result<()> {
         let (exit, took) = (stopped?, begun.elapsed());
         context.note(format!("{exit:?} after {:.1} s", took.as_secs_f64()));
         ensure!(took < Duration::from_secs(10), "{took:?}");
+        // systemd takes a frozen cgroup away a moment later.
+        until("the scope is gone", || scope.expect_gone().ok()).await?;
         // Killed frozen, or thawed in time to hear the signal.
         let expected = match exit.signal {
             0 => (3, 0),
