@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
-use harness::leaks::Ground;
+use harness::leaks::{Descriptors, Ground};
 use harness::nomad::proto::driver::TaskState;
 use harness::nomad::{Agent, Allocation, RpcError, Task};
 
@@ -126,16 +126,26 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         let steady = up(&agent, &job).await?;
         let (_, task, scope) = &steady;
         let (main, before) = (scope.main()?, limits(scope)?);
+        let plugin = agent.plugin_pid().await.context("a plugin")?;
+        let open = Descriptors::of(plugin)?;
 
-        let short = Job::shell("exit 4").text();
+        let ending = (Job::shell("exit 4").text(), (4, 0));
+        let stopped = (Job::command("sleep", &["600"]).text(), (130, 2));
         let (mut done, mut refusals) = (0, Vec::new());
         let rounds = Cell::new(0);
         let work = async {
-            while rounds.get() < ROUNDS {
-                match agent.run(&short).await {
+            for (job, expected) in [&ending, &stopped].into_iter().cycle() {
+                if rounds.get() >= ROUNDS {
+                    break;
+                }
+                match agent.run(job).await {
                     Ok(alloc) => {
-                        let exit = alloc.only_task()?.wait().await?;
-                        ensure!((exit.code, exit.signal) == (4, 0), "{exit:?}");
+                        let task = alloc.only_task()?;
+                        let exit = match *expected == ending.1 {
+                            true => task.wait().await?,
+                            false => task.stop().await?,
+                        };
+                        ensure!((exit.code, exit.signal) == *expected, "{exit:?}");
                         alloc.stop().await?;
                         done += 1;
                     }
@@ -174,6 +184,12 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         }
         ensure!(done > 0, "no start went through");
 
+        let more = || Descriptors::of(plugin).map(|now| now.beyond(&open));
+        until("the plugin keeps nothing open", || {
+            more().ok()?.is_empty().then_some(())
+        })
+        .await
+        .with_context(|| format!("{:?}", more()))?;
         let after = limits(scope)?;
         ensure!(after == before, "{after:?}, before {before:?}");
         ensure!(scope.main()? == main && is_running(task).await?);
