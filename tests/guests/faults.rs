@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
-use harness::leaks::Ground;
+use harness::leaks::{Descriptors, Ground};
 use harness::nomad::proto::driver::TaskState;
 use harness::nomad::{Agent, Allocation, RpcError, Task};
 
@@ -126,23 +126,33 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         let steady = up(&agent, &job).await?;
         let (_, task, scope) = &steady;
         let (main, before) = (scope.main()?, limits(scope)?);
+        let plugin = agent.plugin_pid().await.context("a plugin")?;
+        let open = Descriptors::of(plugin)?;
 
-        let short = Job::shell("exit 4").text();
-        let (mut done, mut refused) = (0, 0);
+        let ending = (Job::shell("exit 4").text(), (4, 0));
+        let stopped = (Job::command("sleep", &["600"]).text(), (130, 2));
+        let (mut done, mut refusals) = (0, Vec::new());
         let rounds = Cell::new(0);
         let work = async {
-            while rounds.get() < ROUNDS {
-                match agent.run(&short).await {
+            for (job, expected) in [&ending, &stopped].into_iter().cycle() {
+                if rounds.get() >= ROUNDS {
+                    break;
+                }
+                match agent.run(job).await {
                     Ok(alloc) => {
-                        let exit = alloc.only_task()?.wait().await?;
-                        ensure!((exit.code, exit.signal) == (4, 0), "{exit:?}");
+                        let task = alloc.only_task()?;
+                        let exit = match *expected == ending.1 {
+                            true => task.wait().await?,
+                            false => task.stop().await?,
+                        };
+                        ensure!((exit.code, exit.signal) == *expected, "{exit:?}");
                         alloc.stop().await?;
                         done += 1;
                     }
                     Err(error) => {
                         let told = error.downcast_ref::<RpcError>();
                         ensure!(told.is_some_and(|told| told.recoverable), "{error:#}");
-                        refused += 1;
+                        refusals.push(told.map(|told| told.message.clone()));
                     }
                 }
             }
@@ -166,10 +176,20 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         }
         said("systemctl", &[verb])?;
         context.note(format!(
-            "{ROUNDS} times {verb}: {done} starts done, {refused} refused for now"
+            "{ROUNDS} times {verb}: {done} starts done, {} refused for now",
+            refusals.len()
         ));
+        for sentence in refusals.into_iter().flatten() {
+            context.note(sentence);
+        }
         ensure!(done > 0, "no start went through");
 
+        let more = || Descriptors::of(plugin).map(|now| now.beyond(&open));
+        until("the plugin keeps nothing open", || {
+            more().ok()?.is_empty().then_some(())
+        })
+        .await
+        .with_context(|| format!("{:?}", more()))?;
         let after = limits(scope)?;
         ensure!(after == before, "{after:?}, before {before:?}");
         ensure!(scope.main()? == main && is_running(task).await?);
@@ -289,6 +309,8 @@ fn a_frozen_task_is_stopped(context: &Context) -> Result<()> {
         let (exit, took) = (stopped?, begun.elapsed());
         context.note(format!("{exit:?} after {:.1} s", took.as_secs_f64()));
         ensure!(took < Duration::from_secs(10), "{took:?}");
+        // systemd takes a frozen cgroup away a moment later.
+        until("the scope is gone", || scope.expect_gone().ok()).await?;
         // Killed frozen, or thawed in time to hear the signal.
         let expected = match exit.signal {
             0 => (3, 0),

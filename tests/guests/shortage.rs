@@ -73,35 +73,36 @@ fn a_full_run_refuses_starts_and_loses_no_end(context: &Context) -> Result<()> {
     })
 }
 
-/// /run without a free page, until this is dropped.
+/// /run without a free page, until this is dropped. The file has no name: if the case is killed, the space is free all the
+/// same.
 struct FullRun {
     size_bytes: u64,
-    file: File,
+    file: Option<File>,
 }
 
 impl FullRun {
-    const FILLER: &str = "/run/filler";
+    /// What is free for a moment, and for whoever comes after a case that was killed: all of it would take the host's memory.
+    const ROOM_BYTES: u64 = 32 << 20;
 
     fn new() -> Result<FullRun> {
         let seen = rustix::fs::statvfs("/run")?;
         let size_bytes = seen.f_blocks * seen.f_frsize;
         let used_bytes = (seen.f_blocks - seen.f_bfree) * seen.f_frsize;
-        let full = FullRun {
+        let mut full = FullRun {
             size_bytes,
-            file: File::create(Self::FILLER)?,
+            file: None,
         };
-        // All of it would take the host's memory.
-        resize_run(used_bytes + (1 << 20))?;
+        resize_run(used_bytes + Self::ROOM_BYTES)?;
+        let file = full.file.insert(tempfile::tempfile_in("/run")?);
         let page = [0; 4096];
-        while (&full.file).write_all(&page).is_ok() {}
+        while file.write_all(&page).is_ok() {}
         Ok(full)
     }
 }
 
 impl Drop for FullRun {
     fn drop(&mut self) {
-        let _ = fs::remove_file(Self::FILLER);
-        let _ = self.file.set_len(0);
+        self.file.take();
         let _ = resize_run(self.size_bytes);
     }
 }
@@ -244,11 +245,16 @@ fn a_host_without_memory_keeps_its_tasks(context: &Context) -> Result<()> {
 
 /// Most of the guest's memory, until this is dropped: an emulated machine is slow to give it to a process page by page, and
 /// slower still once it drops the pages of programs again and again before it kills. So it is not to drop those in use.
-struct Ballast;
+struct Ballast {
+    settings: Vec<(&'static str, String)>,
+}
 
 impl Ballast {
     const DIR: &str = "/mnt";
-    const IN_USE_MS: &str = "/sys/kernel/mm/lru_gen/min_ttl_ms";
+    const SPARE_PROGRAMS: [(&str, &str); 2] = [
+        ("/sys/kernel/mm/lru_gen/enabled", "y"),
+        ("/sys/kernel/mm/lru_gen/min_ttl_ms", "1000"),
+    ];
     const SPARED_KIB: u64 = 300 << 10;
 
     fn new() -> Result<Ballast> {
@@ -267,8 +273,13 @@ impl Ballast {
             "mount",
             &["-t", "tmpfs", "-o", &options, "ballast", Self::DIR],
         )?;
-        let ballast = Ballast;
-        fs::write(Self::IN_USE_MS, "1000")?;
+        let mut ballast = Ballast {
+            settings: Vec::new(),
+        };
+        for (file, value) in Self::SPARE_PROGRAMS {
+            ballast.settings.push((file, fs::read_to_string(file)?));
+            fs::write(file, value)?;
+        }
         let file = Path::new(Self::DIR).join("file");
         let size = format!("{size_kib}KiB");
         said("fallocate", &["--length", &size, &file.to_string_lossy()])?;
@@ -278,7 +289,9 @@ impl Ballast {
 
 impl Drop for Ballast {
     fn drop(&mut self) {
-        let _ = fs::write(Self::IN_USE_MS, "0");
+        for (file, value) in &self.settings {
+            let _ = fs::write(file, value.trim());
+        }
         let _ = said("umount", &[Self::DIR]);
     }
 }

@@ -30,7 +30,11 @@ const SYSTEMD: u32 = 1;
 /// systemd closes what it no longer needs between its other work.
 const SETTLE: Duration = Duration::from_secs(5);
 const SOCKET: &str = "socket";
+const PIPE: &str = "pipe:[]";
 const PIDFD: &str = "anon_inode:[pidfd]";
+/// Connections come and go with whoever talks to systemd, the pipes hold back services of Type=idle until its next job is
+/// done, a live process is a service's.
+const SYSTEMDS_OWN: [&str; 3] = [SOCKET, PIPE, PIDFD];
 
 /// One thing too many.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -78,8 +82,9 @@ impl Ground {
         let begun = Instant::now();
         loop {
             let mut more = Descriptors::of(SYSTEMD)?.beyond(&self.descriptors);
-            // Connections come and go with whoever talks to systemd; a live process is a service's.
-            more.retain(|leak| !matches!(leak, Leak::Descriptors { kind, .. } if [SOCKET, PIDFD].contains(&&**kind)));
+            more.retain(|leak| {
+                !matches!(leak, Leak::Descriptors { kind, .. } if SYSTEMDS_OWN.contains(&kind.as_str()))
+            });
             if more.is_empty() || begun.elapsed() > SETTLE {
                 return Ok(more);
             }
