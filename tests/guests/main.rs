@@ -4,9 +4,11 @@
 
 mod agent;
 mod bad_input;
+mod calls;
 mod compat;
 mod cores;
 mod dbus;
+mod endurance;
 mod examples;
 mod fitness;
 mod ground;
@@ -14,6 +16,7 @@ mod hostile;
 mod jobs;
 mod leaks;
 mod life;
+mod life_cycle;
 mod nomad;
 mod programs;
 mod recovery;
@@ -47,6 +50,8 @@ fn main() -> ExitCode {
         agent::CASES,
         view::CASES,
         recovery::CASES,
+        life_cycle::CASES,
+        endurance::CASES,
         run::CASES,
         run_job::CASES,
         dbus::CASES,

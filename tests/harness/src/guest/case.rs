@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use super::{GuestName, Kind, PAYLOAD_DIR};
 
@@ -50,12 +51,22 @@ pub struct Case {
     pub run: fn(&Context) -> Result<()>,
 }
 
+/// How much the cases of random sequences do, where whoever runs them wants more or other than usual.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Effort {
+    /// How many sequences each of them tries.
+    pub sequences: Option<u32>,
+    /// The only sequence to be tried.
+    pub seed: Option<u64>,
+}
+
 /// What a case may ask of the guest it runs in.
 #[derive(Debug)]
 pub struct Context {
     guest: GuestName,
     /// Version of the real agent.
     agent: Option<String>,
+    effort: Effort,
 }
 
 /// Between the name of a case and the version of the real agent that it is run with.
@@ -67,11 +78,16 @@ pub(super) fn payload_name(version: &str) -> String {
 }
 
 impl Context {
-    pub(super) fn new(guest: GuestName, agent: Option<&str>) -> Context {
+    pub(super) fn new(guest: GuestName, agent: Option<&str>, effort: Effort) -> Context {
         Context {
             guest,
             agent: agent.map(str::to_owned),
+            effort,
         }
+    }
+
+    pub fn effort(&self) -> Effort {
+        self.effort
     }
 
     pub fn guest(&self) -> GuestName {

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::case::{AT_AGENT, Case, Context, NOTE};
+use super::case::{AT_AGENT, Case, Context, Effort, NOTE};
 use super::{GuestName, child};
 use crate::leaks::{Ground, Leak};
 
@@ -39,7 +39,12 @@ pub struct Ended {
 }
 
 /// Runs the named cases one after the other.
-pub fn run_all(guest: GuestName, case_seconds: u64, names: &[String]) -> Result<()> {
+pub fn run_all(
+    guest: GuestName,
+    case_seconds: u64,
+    effort: Effort,
+    names: &[String],
+) -> Result<()> {
     let outputs = tempfile::tempdir()?;
     for (number, name) in names.iter().enumerate() {
         tell(&Report::Running {
@@ -47,7 +52,7 @@ pub fn run_all(guest: GuestName, case_seconds: u64, names: &[String]) -> Result<
             seconds: 0.0,
         })?;
         let ended = run_one(
-            guest,
+            (guest, effort),
             name,
             Duration::from_secs(case_seconds),
             &outputs.path().join(number.to_string()),
@@ -62,13 +67,19 @@ fn tell(report: &Report) -> Result<()> {
     Ok(())
 }
 
-fn run_one(guest: GuestName, name: &str, patience: Duration, output_path: &Path) -> Result<Ended> {
+fn run_one(
+    (guest, effort): (GuestName, Effort),
+    name: &str,
+    patience: Duration,
+    output_path: &Path,
+) -> Result<Ended> {
     // A file, not a pipe: a process that a case forgot cannot hold it against us.
     let output = File::create(output_path)?;
     let ground = Ground::survey()?;
     let begun = Instant::now();
     let mut case = Command::new("/proc/self/exe")
-        .args(["--case", &guest.to_string(), name])
+        .args(["--case", &guest.to_string()])
+        .args([&serde_json::to_string(&effort)?, name])
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
@@ -129,7 +140,7 @@ fn watch(
 }
 
 /// Runs one case in this very process.
-pub fn run_here(cases: &[Case], guest: GuestName, name: &str) -> Result<()> {
+pub fn run_here(cases: &[Case], guest: GuestName, effort: Effort, name: &str) -> Result<()> {
     let (function, agent) = match name.split_once(AT_AGENT) {
         Some((function, agent)) => (function, Some(agent)),
         None => (name, None),
@@ -137,5 +148,5 @@ pub fn run_here(cases: &[Case], guest: GuestName, name: &str) -> Result<()> {
     let Some(case) = cases.iter().find(|case| case.name == function) else {
         bail!("there is no case {function}")
     };
-    (case.run)(&Context::new(guest, agent))
+    (case.run)(&Context::new(guest, agent, effort))
 }

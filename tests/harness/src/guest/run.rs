@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::case::{AT_AGENT, Case, Subject, payload_name};
+use super::case::{AT_AGENT, Case, Effort, Subject, payload_name};
 use super::inside::{self, Report};
 use super::report::Tally;
 use super::{Boot, Exit, Guest, GuestName, Kind, PAYLOAD_DIR, Payload, Tier, child};
+
+/// What each sequence that is asked for adds to the patience with a case.
+const SEQUENCE_SECONDS: u64 = 4;
 
 /// What is run, and with what.
 #[derive(Debug)]
@@ -30,11 +33,10 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
-        ["--inside", guest, seconds, ..] => run_inside(guest, seconds, &arguments[3..]),
-        ["--case", guest, name] => guest
-            .parse()
-            .and_then(|guest| inside::run_here(suite.cases, guest, name))
-            .map(|()| ExitCode::SUCCESS),
+        ["--inside", guest, seconds, effort, ..] => {
+            run_inside(guest, seconds, effort, &arguments[4..])
+        }
+        ["--case", guest, effort, name] => run_case(suite, guest, effort, name),
         words => Selection::parse(words).and_then(|selection| selection.run(suite)),
     };
     done.unwrap_or_else(|error| {
@@ -43,8 +45,15 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     })
 }
 
-fn run_inside(guest: &str, seconds: &str, names: &[String]) -> Result<ExitCode> {
-    inside::run_all(guest.parse()?, seconds.parse()?, names)?;
+fn run_inside(guest: &str, seconds: &str, effort: &str, names: &[String]) -> Result<ExitCode> {
+    let effort = serde_json::from_str(effort)?;
+    inside::run_all(guest.parse()?, seconds.parse()?, effort, names)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_case(suite: &Suite<'_>, guest: &str, effort: &str, name: &str) -> Result<ExitCode> {
+    let effort = serde_json::from_str(effort)?;
+    inside::run_here(suite.cases, guest.parse()?, effort, name)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -54,6 +63,7 @@ struct Selection {
     substrings: Vec<String>,
     list: bool,
     matrix: bool,
+    effort: Effort,
 }
 
 impl Selection {
@@ -66,12 +76,22 @@ impl Selection {
                     .guests
                     .push(words.next().context("--guest needs a name")?.parse()?),
                 "--matrix" => selection.matrix = true,
+                "--sequences" => {
+                    let count = words.next().context("--sequences needs a number")?;
+                    let count = count.parse().context("--sequences needs a number")?;
+                    selection.effort.sequences = Some(count);
+                }
+                "--seed" => {
+                    let seed = words.next().context("--seed needs a number")?;
+                    let seed = seed.parse().context("--seed needs a number")?;
+                    selection.effort.seed = Some(seed);
+                }
                 "--list" => selection.list = true,
                 // cargo test hands the same options to every test executable.
                 "--nocapture" | "--no-capture" | "--show-output" | "--quiet" | "-q" => {}
                 option if option.starts_with('-') => {
                     bail!(
-                        "unknown option {option}; known: --guest NAME, --matrix, --list, and parts of case names"
+                        "unknown option {option}; known: --guest NAME, --matrix, --list, --sequences COUNT, --seed SEED, and parts of case names"
                     )
                 }
                 part => selection.substrings.push(part.to_owned()),
@@ -168,6 +188,7 @@ impl Selection {
             payload: &payload,
             logs: suite.logs,
             tally: &tally,
+            effort: self.effort,
         };
         run.guests();
         Ok(tally.conclude())
@@ -237,6 +258,7 @@ struct Run<'a> {
     payload: &'a Payload,
     logs: &'a Path,
     tally: &'a Tally,
+    effort: Effort,
 }
 
 impl Run<'_> {
@@ -326,13 +348,15 @@ impl Run<'_> {
         let case_seconds: u64 = match name.kind {
             Kind::Nspawn => 120,
             Kind::Qemu => 300,
-        };
-        let (runner, seconds, guest_name) = (
+        } + SEQUENCE_SECONDS
+            * u64::from(self.effort.sequences.unwrap_or(0));
+        let (runner, seconds, guest_name, effort) = (
             format!("{PAYLOAD_DIR}/guests"),
             case_seconds.to_string(),
             name.to_string(),
+            serde_json::to_string(&self.effort)?,
         );
-        let mut argv = vec![runner.as_str(), "--inside", &guest_name, &seconds];
+        let mut argv = vec![runner.as_str(), "--inside", &guest_name, &seconds, &effort];
         argv.extend(names.iter().map(String::as_str));
         let patience = Duration::from_secs(60 + case_seconds * names.len() as u64);
         let (mut last, mut chatter) = (String::new(), String::new());
@@ -478,6 +502,20 @@ mod tests {
         for path in ["/no/such/nomad", "/bin/true"] {
             let error = version(Path::new(path)).unwrap_err().to_string();
             assert!(error.contains(path), "{error}");
+        }
+    }
+
+    #[test]
+    fn sequences_and_a_seed_are_numbers() {
+        let words = ["--sequences", "500", "--seed", "7"];
+        let expected = Effort {
+            sequences: Some(500),
+            seed: Some(7),
+        };
+        assert_eq!(Selection::parse(&words).unwrap().effort, expected);
+        for words in [["--sequences", "many"], ["--seed", "-1"]] {
+            let error = Selection::parse(&words).unwrap_err().to_string();
+            assert_eq!(error, format!("{} needs a number", words[0]));
         }
     }
 
