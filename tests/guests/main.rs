@@ -73,10 +73,14 @@ fn main() -> ExitCode {
 /// A row of a case table: the name is the module's and the function's.
 macro_rules! case {
     ($needs:ident, $subject:ident, $function:ident) => {
+        case!($needs, $subject, $function, Short)
+    };
+    ($needs:ident, $subject:ident, $function:ident, $length:ident) => {
         harness::guest::Case {
             name: concat!(module_path!(), "::", stringify!($function)),
             needs: harness::guest::Needs::$needs,
             subject: harness::guest::Subject::$subject,
+            length: harness::guest::Length::$length,
             run: $function,
         }
     };

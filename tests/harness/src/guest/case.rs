@@ -1,8 +1,9 @@
 //! A case: one behaviour, looked at from inside a guest.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use super::{GuestName, Kind, PAYLOAD_DIR};
@@ -43,13 +44,55 @@ pub enum Subject {
     Agent,
 }
 
+/// How long a case may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Length {
+    Short,
+    /// It does so much that a busy machine needs several times as long as others get.
+    Long,
+}
+
+impl Length {
+    fn patience(self) -> u64 {
+        match self {
+            Length::Short => 1,
+            Length::Long => 4,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
     pub name: &'static str,
     pub needs: Needs,
     pub subject: Subject,
+    pub length: Length,
     pub run: fn(&Context) -> Result<()>,
 }
+
+impl Case {
+    /// The case of a name, which may have the version of an agent.
+    pub(super) fn find<'a>(cases: &'a [Case], name: &str) -> Result<&'a Case> {
+        let function = name
+            .split_once(AT_AGENT)
+            .map_or(name, |(function, _)| function);
+        let found = cases.iter().find(|case| case.name == function);
+        found.with_context(|| format!("there is no case {function}"))
+    }
+
+    /// When it counts as hanging.
+    pub(super) fn patience(&self, guest: GuestName, effort: Effort) -> Duration {
+        let usual = match guest.kind {
+            Kind::Nspawn => 120,
+            Kind::Qemu => 300,
+        };
+        let sequences = effort.sequences.unwrap_or(0);
+        Duration::from_secs(usual * self.length.patience()) + SEQUENCE_PATIENCE * sequences
+    }
+}
+
+/// What each sequence that is asked for adds to the patience with a case.
+const SEQUENCE_PATIENCE: Duration = Duration::from_secs(4);
 
 /// How much the cases of random sequences do, where whoever runs them wants more or other than usual.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

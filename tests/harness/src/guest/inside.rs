@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -39,12 +39,7 @@ pub struct Ended {
 }
 
 /// Runs the named cases one after the other.
-pub fn run_all(
-    guest: GuestName,
-    case_seconds: u64,
-    effort: Effort,
-    names: &[String],
-) -> Result<()> {
+pub fn run_all(cases: &[Case], guest: GuestName, effort: Effort, names: &[String]) -> Result<()> {
     let outputs = tempfile::tempdir()?;
     for (number, name) in names.iter().enumerate() {
         tell(&Report::Running {
@@ -54,7 +49,7 @@ pub fn run_all(
         let ended = run_one(
             (guest, effort),
             name,
-            Duration::from_secs(case_seconds),
+            Case::find(cases, name)?.patience(guest, effort),
             &outputs.path().join(number.to_string()),
         )?;
         tell(&Report::Ended(ended))?;
@@ -141,12 +136,7 @@ fn watch(
 
 /// Runs one case in this very process.
 pub fn run_here(cases: &[Case], guest: GuestName, effort: Effort, name: &str) -> Result<()> {
-    let (function, agent) = match name.split_once(AT_AGENT) {
-        Some((function, agent)) => (function, Some(agent)),
-        None => (name, None),
-    };
-    let Some(case) = cases.iter().find(|case| case.name == function) else {
-        bail!("there is no case {function}")
-    };
+    let case = Case::find(cases, name)?;
+    let agent = name.split_once(AT_AGENT).map(|(_, agent)| agent);
     (case.run)(&Context::new(guest, agent, effort))
 }

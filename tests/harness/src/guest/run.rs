@@ -16,9 +16,6 @@ use super::inside::{self, Report};
 use super::report::Tally;
 use super::{Boot, Exit, Guest, GuestName, Kind, PAYLOAD_DIR, Payload, Tier, child};
 
-/// What each sequence that is asked for adds to the patience with a case.
-const SEQUENCE_SECONDS: u64 = 4;
-
 /// What is run, and with what.
 #[derive(Debug)]
 pub struct Suite<'a> {
@@ -33,9 +30,7 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
-        ["--inside", guest, seconds, effort, ..] => {
-            run_inside(guest, seconds, effort, &arguments[4..])
-        }
+        ["--inside", guest, effort, ..] => run_inside(suite, guest, effort, &arguments[3..]),
         ["--case", guest, effort, name] => run_case(suite, guest, effort, name),
         words => Selection::parse(words).and_then(|selection| selection.run(suite)),
     };
@@ -45,9 +40,9 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     })
 }
 
-fn run_inside(guest: &str, seconds: &str, effort: &str, names: &[String]) -> Result<ExitCode> {
+fn run_inside(suite: &Suite<'_>, guest: &str, effort: &str, names: &[String]) -> Result<ExitCode> {
     let effort = serde_json::from_str(effort)?;
-    inside::run_all(guest.parse()?, seconds.parse()?, effort, names)?;
+    inside::run_all(suite.cases, guest.parse()?, effort, names)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -184,6 +179,7 @@ impl Selection {
         let payload = Payload::new(&files)?;
         let tally = Tally::default();
         let run = Run {
+            cases: suite.cases,
             plan: &plan,
             payload: &payload,
             logs: suite.logs,
@@ -254,6 +250,7 @@ fn version(nomad: &Path) -> Result<String> {
 }
 
 struct Run<'a> {
+    cases: &'a [Case],
     plan: &'a [(GuestName, Vec<String>)],
     payload: &'a Payload,
     logs: &'a Path,
@@ -345,20 +342,17 @@ impl Run<'_> {
             },
         )?;
         println!("{name}: ready in {:.2} s", begun.elapsed().as_secs_f64());
-        let case_seconds: u64 = match name.kind {
-            Kind::Nspawn => 120,
-            Kind::Qemu => 300,
-        } + SEQUENCE_SECONDS
-            * u64::from(self.effort.sequences.unwrap_or(0));
-        let (runner, seconds, guest_name, effort) = (
+        let (runner, guest_name, effort) = (
             format!("{PAYLOAD_DIR}/guests"),
-            case_seconds.to_string(),
             name.to_string(),
             serde_json::to_string(&self.effort)?,
         );
-        let mut argv = vec![runner.as_str(), "--inside", &guest_name, &seconds, &effort];
+        let mut argv = vec![runner.as_str(), "--inside", &guest_name, &effort];
         argv.extend(names.iter().map(String::as_str));
-        let patience = Duration::from_secs(60 + case_seconds * names.len() as u64);
+        let mut patience = Duration::from_secs(60);
+        for case in names {
+            patience += Case::find(self.cases, case)?.patience(name, self.effort);
+        }
         let (mut last, mut chatter) = (String::new(), String::new());
         let mut failures = 0;
         let exit = guest.run(
@@ -421,25 +415,28 @@ impl Run<'_> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::guest::Needs;
+    use crate::guest::{Length, Needs};
 
     const CASES: &[Case] = &[
         Case {
             name: "a::fast",
             needs: Needs::Speed,
             subject: Subject::Ours,
+            length: Length::Short,
             run: |_| Ok(()),
         },
         Case {
             name: "a::limited",
             needs: Needs::Limits,
             subject: Subject::Ours,
+            length: Length::Short,
             run: |_| Ok(()),
         },
         Case {
             name: "b::real",
             needs: Needs::Limits,
             subject: Subject::Agent,
+            length: Length::Short,
             run: |_| Ok(()),
         },
     ];
