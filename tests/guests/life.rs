@@ -362,7 +362,7 @@ fn many_tasks_start_and_stop_at_once(context: &Context) -> Result<()> {
 }
 
 /// All of them at once, in this task.
-async fn join_all<F: Future>(all: Vec<F>) -> Vec<F::Output> {
+pub async fn join_all<F: Future>(all: Vec<F>) -> Vec<F::Output> {
     let mut all: Vec<_> = all
         .into_iter()
         .map(|one| (Some(Box::pin(one)), None))

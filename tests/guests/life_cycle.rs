@@ -2,6 +2,7 @@
 //! `cargo test --test guests -- --seed SEED life_cycle::` tries one sequence again.
 
 mod model;
+mod slot;
 mod world;
 
 use std::hash::{BuildHasher, Hasher, RandomState};

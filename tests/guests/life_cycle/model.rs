@@ -300,16 +300,18 @@ pub enum Deed {
     Wait(u8),
     /// From outside.
     Strike(Blow),
-    /// While neither plugin nor agent is there.
-    StrikeUnseen(Blow),
-    /// The plugin is killed that many milliseconds after the call.
-    StartThroughCrash(Kind, u64),
-    CallThroughCrash(Call, u64),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
     Task(usize, Deed),
+    /// To each task its own, all at once.
+    Each([Deed; TASKS_MAX]),
+    /// While neither plugin nor agent is there.
+    Unseen(usize, Blow),
+    /// The plugin is killed that many milliseconds after the call.
+    StartThroughCrash(usize, Kind, u64),
+    CallThroughCrash(usize, Call, u64),
     RestartPlugin,
     KillPlugin,
     CrashAgent,
@@ -338,11 +340,21 @@ pub fn sequences() -> impl Strategy<Value = Sequence> {
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        30 => (0..TASKS_MAX, deed()).prop_map(|(task, deed)| Op::Task(task, deed)),
+        30 => (task(), deed()).prop_map(|(task, deed)| Op::Task(task, deed)),
+        4 => [deed(), deed(), deed(), deed()].prop_map(Op::Each),
+        1 => (task(), blow()).prop_map(|(task, blow)| Op::Unseen(task, blow)),
+        1 => (task(), kind(), 0..20_u64)
+            .prop_map(|(task, kind, after)| Op::StartThroughCrash(task, kind, after)),
+        1 => (task(), call(), 0..8_u64)
+            .prop_map(|(task, call, after)| Op::CallThroughCrash(task, call, after)),
         1 => Just(Op::RestartPlugin),
         1 => Just(Op::KillPlugin),
         1 => Just(Op::CrashAgent),
     ]
+}
+
+fn task() -> impl Strategy<Value = usize> {
+    0..TASKS_MAX
 }
 
 fn deed() -> impl Strategy<Value = Deed> {
@@ -356,9 +368,6 @@ fn deed() -> impl Strategy<Value = Deed> {
         1 => (call(), call()).prop_map(|(one, other)| Deed::Together(one, other)),
         2 => (1..=3_u8).prop_map(Deed::Wait),
         2 => blow().prop_map(Deed::Strike),
-        1 => blow().prop_map(Deed::StrikeUnseen),
-        1 => (kind(), 0..20_u64).prop_map(|(kind, after)| Deed::StartThroughCrash(kind, after)),
-        1 => (call(), 0..8_u64).prop_map(|(call, after)| Deed::CallThroughCrash(call, after)),
     ]
 }
 

@@ -1,34 +1,20 @@
 //! An agent with its plugin and up to four tasks, each compared with the model after every step.
 
-use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::fs;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use harness::guest::Context;
 use harness::leaks::{Ground, Leak};
-use harness::nomad::proto::driver::{TaskConfig, TaskHandle, TaskState};
-use harness::nomad::{Agent, Exit};
-use nix::sys::signal::{Signal, kill};
-use nix::sys::stat::Mode;
-use nix::unistd::{Pid, mkfifo};
-use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
-use tonic::Status;
+use harness::nomad::Agent;
+use tokio::time::sleep;
 
-use super::model::{
-    Blow, Call, Deed, End, INT, KILL, Kind, Life, Op, Patience, STOP, Sequence, State, TASKS_MAX,
-    number,
-};
-use crate::calls::{Calls, Descriptors, Place, with_script};
-use crate::nomad::{Scope, agent, status, until};
+use super::model::{Blow, Call, End, Kind, Op, Patience, Sequence, State, TASKS_MAX};
+use super::slot::{Handles, Slot, call_once, expect_lost, refused};
+use crate::calls::{Calls, Descriptors};
+use crate::life::join_all;
+use crate::nomad::{agent, until};
 
-/// A StopTask for a task that ends by its signal.
-const AMPLE: Duration = Duration::from_secs(20);
-/// A StopTask for one that does not.
-const SHORT: Duration = Duration::from_millis(30);
 /// What goes without being waited for is gone after this.
 const SETTLING: Duration = Duration::from_secs(5);
 /// Where a plugin's socket is: one, of the plugin that runs.
@@ -42,44 +28,6 @@ pub struct World {
     descriptors: Descriptors,
     agent: Option<Agent>,
     slots: Vec<Slot>,
-    keys: u32,
-}
-
-/// Where one task after the other is.
-#[derive(Debug)]
-struct Slot {
-    place: Place,
-    /// Of the last task.
-    id: String,
-    task: Option<Task>,
-}
-
-#[derive(Debug)]
-struct Task {
-    life: Life,
-    config: TaskConfig,
-    handle: TaskHandle,
-    ends: Ends,
-    scope: Scope,
-    pid: String,
-    waiters: Vec<JoinHandle<Result<Exit, Status>>>,
-}
-
-/// Our ends of what a task looks at and makes.
-#[derive(Debug)]
-struct Ends {
-    fifo: PathBuf,
-    up: PathBuf,
-    /// Held, as what is in a FIFO goes with whoever has it open last.
-    tell: File,
-}
-
-/// Which handles a new plugin is offered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Handles {
-    /// An agent that was restarted has forgotten the driver's configuration.
-    Stored,
-    InMemory,
 }
 
 /// Whether it is the plugin process that there was.
@@ -95,12 +43,7 @@ impl World {
         let agent = agent(context).await?;
         let mut slots = Vec::new();
         for _ in 0..TASKS_MAX {
-            let place = Place::new(&agent).await?;
-            slots.push(Slot {
-                id: place.task("").id,
-                place,
-                task: None,
-            });
+            slots.push(Slot::new(&agent).await?);
         }
         let plugin = agent.plugin_pid().await.context("there is no plugin")?;
         Ok(World {
@@ -109,7 +52,6 @@ impl World {
             descriptors: Descriptors::of(plugin)?,
             agent: Some(agent),
             slots,
-            keys: 0,
         })
     }
 
@@ -141,12 +83,30 @@ impl World {
     }
 
     async fn step(&mut self, tasks: usize, op: Op) -> Result<()> {
+        let calls = self.calls()?;
         match op {
-            Op::Task(index, deed) => self.do_to(index % tasks, deed).await?,
+            Op::Task(index, deed) => self.slots[index % tasks].undergo(&calls, deed).await?,
+            Op::Each(deeds) => {
+                let slots = self.slots[..tasks].iter_mut().zip(deeds);
+                let all = slots.map(|(slot, deed)| slot.undergo(&calls, deed));
+                for done in join_all(all.collect()).await {
+                    done?;
+                }
+            }
+            Op::Unseen(index, blow) => self.strike_unseen(index % tasks, blow).await?,
+            Op::StartThroughCrash(index, kind, after) => {
+                self.start_through_crash(index % tasks, kind, Duration::from_millis(after))
+                    .await?;
+            }
+            Op::CallThroughCrash(index, call, after) => {
+                self.call_through_crash(index % tasks, call, Duration::from_millis(after))
+                    .await?;
+            }
             Op::RestartPlugin => self.restart_plugin().await?,
             Op::KillPlugin => self.kill_plugin(None).await?,
             Op::CrashAgent => self.crash_agent().await?,
         }
+        drop(calls);
         let calls = self.calls()?;
         for slot in &mut self.slots {
             slot.settle(&calls).await?;
@@ -163,44 +123,8 @@ impl World {
         self.agent.as_ref().context("there is no agent")
     }
 
-    fn key(&mut self) -> String {
-        self.keys += 1;
-        self.keys.to_string()
-    }
-
-    async fn do_to(&mut self, index: usize, deed: Deed) -> Result<()> {
-        let calls = self.calls()?;
-        let key = self.key();
-        let slot = &mut self.slots[index];
-        match deed {
-            Deed::Start { kind, again } => slot.start(&calls, &key, kind, again).await,
-            Deed::StartTwice(kind) => slot.start_twice(&calls, &key, kind).await,
-            Deed::Signal(name) => slot.signal(&calls, name).await,
-            Deed::Tell => slot.strike(&calls, Blow::Tell).await,
-            Deed::Strike(blow) => slot.strike(&calls, blow).await,
-            Deed::Stop(name, patience) => slot.stop(&calls, name, patience).await,
-            Deed::Destroy { force } => slot.destroy(&calls, force).await,
-            Deed::Together(one, other) => slot.together(&calls, one, other).await,
-            Deed::Wait(waiters) => {
-                slot.wait(&calls, waiters);
-                Ok(())
-            }
-            Deed::StrikeUnseen(blow) => self.strike_unseen(index, blow).await,
-            Deed::StartThroughCrash(kind, after) => {
-                self.start_through_crash(index, kind, Duration::from_millis(after))
-                    .await
-            }
-            Deed::CallThroughCrash(call, after) => {
-                self.call_through_crash(index, call, Duration::from_millis(after))
-                    .await
-            }
-        }
-    }
-
     fn forget_waiters(&mut self) {
-        for task in self.slots.iter_mut().filter_map(|slot| slot.task.as_mut()) {
-            task.waiters.drain(..).for_each(|waiter| waiter.abort());
-        }
+        self.slots.iter_mut().for_each(Slot::forget_waiters);
     }
 
     async fn restart_plugin(&mut self) -> Result<()> {
@@ -254,11 +178,7 @@ impl World {
         let agent = self.agent.take().context("there is no agent")?;
         let crashed = agent.crash().await;
         crashed.kill_plugin().await?;
-        if let Some(task) = self.slots[index]
-            .task
-            .as_mut()
-            .filter(|it| it.life.is_running())
-        {
+        if let Some(task) = self.slots[index].running() {
             task.strike(blow)?;
             if blow == Blow::KillSupervisor {
                 task.life.ended(End::UNKNOWN, false);
@@ -282,8 +202,7 @@ impl World {
         if self.slots[index].task.is_some() || kind == Kind::Stranger {
             return self.kill_plugin(None).await;
         }
-        let (first, second) = (self.key(), self.key());
-        let (config, ends) = self.slots[index].prepare(&first, kind, false)?;
+        let (config, ends) = self.slots[index].prepare(kind, false)?;
         let calls = self.calls()?;
         let start = tokio::spawn(async move { calls.start(config).await });
         sleep(after).await;
@@ -302,7 +221,7 @@ impl World {
             Err(status) => {
                 expect_lost(&status)?;
                 ends.remove();
-                let (config, ends) = slot.prepare(&second, kind, true)?;
+                let (config, ends) = slot.prepare(kind, true)?;
                 let handle = calls.start(config).await.context("StartTask, once more")?;
                 slot.started(&calls, kind, handle, ends).await
             }
@@ -342,6 +261,11 @@ impl World {
             slot.settle(&calls).await?;
             slot.destroy(&calls, true).await?;
         }
+        // A child between clone and exec still holds the socket of a plugin that was killed, so that the next one takes it for a
+        // living one's. The one after that removes it.
+        if sockets() > 1 {
+            self.restart_plugin().await?;
+        }
         let agent = self.agent()?;
         let plugin = agent.plugin_pid().await.context("there is no plugin")?;
         let left = || -> Result<String> {
@@ -356,14 +280,13 @@ impl World {
                 .filter(|it| is_left(it))
                 .map(Leak::to_string)
                 .collect();
-            let sockets = fs::read_dir(SOCKETS).map_or(0, Iterator::count);
-            if sockets > 1 {
-                left.push(format!("{sockets} sockets of plugins"));
+            if sockets() > 1 {
+                left.push(format!("{} sockets of plugins", sockets()));
             }
             left.extend(self.descriptors.grown(plugin)?);
             Ok(left.join(", "))
         };
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         while let left = left()?
             && !left.is_empty()
         {
@@ -374,375 +297,6 @@ impl World {
     }
 }
 
-impl Slot {
-    /// What StartTask gets, with an id that is new unless the task is to be started `again`.
-    fn prepare(&mut self, key: &str, kind: Kind, again: bool) -> Result<(TaskConfig, Ends)> {
-        let mut config = with_script(self.place.task(""), &kind.script(key));
-        if again {
-            config.id = self.id.clone();
-        }
-        if kind == Kind::Stranger {
-            config.user = "nobody-of-this-host".into();
-        }
-        self.id = config.id.clone();
-        Ok((config, Ends::new(self.place.local()?, key)?))
-    }
-
-    async fn start(&mut self, calls: &Calls, key: &str, kind: Kind, again: bool) -> Result<()> {
-        let (config, ends) = self.prepare(key, kind, again || self.task.is_some())?;
-        let answer = calls.start(config).await;
-        if self.is_known() {
-            ends.remove();
-            refused(answer, &already_started(&self.id))
-        } else if kind == Kind::Stranger {
-            ends.remove();
-            refused(answer, "nobody-of-this-host")
-        } else {
-            self.started(calls, kind, answer.context("StartTask")?, ends)
-                .await
-        }
-    }
-
-    async fn start_twice(&mut self, calls: &Calls, key: &str, kind: Kind) -> Result<()> {
-        if self.is_known() || kind == Kind::Stranger {
-            return self.start(calls, key, kind, true).await;
-        }
-        let again = self.task.is_some();
-        let (config, ends) = self.prepare(key, kind, again)?;
-        let (handle, other) = match tokio::join!(calls.start(config.clone()), calls.start(config)) {
-            (Ok(handle), other) => (handle, other),
-            (other, Ok(handle)) => (handle, other),
-            (one, other) => bail!("both starts failed: {one:?}, {other:?}"),
-        };
-        refused(other, &already_started(&self.id))?;
-        self.started(calls, kind, handle, ends).await
-    }
-
-    async fn started(
-        &mut self,
-        calls: &Calls,
-        kind: Kind,
-        handle: TaskHandle,
-        ends: Ends,
-    ) -> Result<()> {
-        if kind.says_when_it_is_up() {
-            until("the task is up", || ends.up.exists().then_some(())).await?;
-        }
-        let seen = calls.inspect(&self.id).await.context("InspectTask")?;
-        let driver = seen.driver.context("a driver's status")?;
-        self.forget();
-        self.task = Some(Task {
-            life: Life::started(kind),
-            config: handle.config.clone().context("a handle's configuration")?,
-            handle,
-            ends,
-            scope: Scope::of_id(&self.id)?,
-            pid: driver.attributes.get("pid").context("a pid")?.clone(),
-            waiters: Vec::new(),
-        });
-        Ok(())
-    }
-
-    fn is_known(&self) -> bool {
-        self.task.as_ref().is_some_and(|task| task.life.is_known())
-    }
-
-    fn running(&mut self) -> Option<&mut Task> {
-        self.task.as_mut().filter(|task| task.life.is_running())
-    }
-
-    async fn signal(&mut self, calls: &Calls, name: &str) -> Result<()> {
-        let answer = calls.signal(&self.id, name).await;
-        let Some(signal) = number(name) else {
-            return refused(answer, &format!("signal {name:?} is unknown"));
-        };
-        answer.context("SignalTask")?;
-        if let Some(task) = self.running() {
-            task.life.signalled(signal);
-            if signal == STOP {
-                let pid = task.pid.parse()?;
-                let is_stopped = || status(pid, "State").ok()?.starts_with('T').then_some(());
-                until("the task is stopped", is_stopped).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn strike(&mut self, calls: &Calls, blow: Blow) -> Result<()> {
-        let Some(task) = self.running() else {
-            return Ok(());
-        };
-        task.strike(blow)?;
-        if blow == Blow::KillSupervisor {
-            let end = match task.life.is_ours {
-                true => End::KILLED,
-                false => End::UNKNOWN,
-            };
-            task.ended(calls, &[end], false).await?;
-        }
-        Ok(())
-    }
-
-    async fn stop(&mut self, calls: &Calls, name: &str, patience: Patience) -> Result<()> {
-        // A name that it does not know counts as SIGINT.
-        let signal = number(name).unwrap_or(INT);
-        let Some(task) = self.running() else {
-            let answer = calls.stop(&self.id, name, AMPLE).await;
-            return answer.context("StopTask of what does not run");
-        };
-        let timeout = match patience {
-            Patience::None => Duration::ZERO,
-            Patience::Ample if task.life.would_end_by(signal) => AMPLE,
-            Patience::Ample => SHORT,
-        };
-        let answer = calls.stop(&task.config.id, name, timeout).await;
-        answer.context("StopTask")?;
-        ensure!(
-            task.is_empty(),
-            "stopped, and yet {:?}",
-            task.scope.processes()
-        );
-        task.life.stopped(signal, patience);
-        Ok(())
-    }
-
-    async fn destroy(&mut self, calls: &Calls, force: bool) -> Result<()> {
-        let answer = calls.destroy(&self.id, force).await;
-        if !force && self.running().is_some() {
-            return refused(answer, "cannot destroy running task");
-        }
-        answer.context("DestroyTask")?;
-        self.destroyed(&[End::KILLED]).await
-    }
-
-    /// `ends` are those that whoever waits may hear of.
-    async fn destroyed(&mut self, ends: &[End]) -> Result<()> {
-        if let Some(task) = &mut self.task {
-            task.answered(ends).await?;
-            task.scope.expect_gone()?;
-        }
-        self.forget();
-        Ok(())
-    }
-
-    fn forget(&mut self) {
-        if let Some(task) = self.task.take() {
-            task.ends.remove();
-        }
-    }
-
-    async fn together(&mut self, calls: &Calls, one: Call, other: Call) -> Result<()> {
-        let answers = tokio::join!(
-            call_once(calls, &self.id, one),
-            call_once(calls, &self.id, other)
-        );
-        answers.0.with_context(|| format!("{one:?}"))?;
-        answers.1.with_context(|| format!("{other:?}"))?;
-        let mut ends = Vec::new();
-        if let Some(task) = self.running() {
-            match (one, other) {
-                (Call::Kill, Call::Kill) => task.life.signalled(KILL),
-                _ => task.life.stopped(INT, Patience::None),
-            }
-            ends = task.life.due().unwrap_or_default();
-        }
-        if [one, other].contains(&Call::Destroy) {
-            self.destroyed(&ends).await?;
-        }
-        Ok(())
-    }
-
-    fn wait(&mut self, calls: &Calls, waiters: u8) {
-        let Some(task) = self.running() else { return };
-        for _ in 0..waiters {
-            let (calls, id) = (calls.clone(), task.config.id.clone());
-            let waiter = tokio::spawn(async move { calls.wait(&id).await });
-            task.waiters.push(waiter);
-        }
-    }
-
-    /// Sees a task end whose time has come.
-    async fn settle(&mut self, calls: &Calls) -> Result<()> {
-        if let Some(task) = &mut self.task
-            && let Some(due) = task.life.due()
-        {
-            task.ended(calls, &due, true).await?;
-        }
-        Ok(())
-    }
-
-    /// Compares what there is with what must be.
-    async fn look(&self, calls: &Calls) -> Result<()> {
-        let inspected = calls.inspect(&self.id).await;
-        let task = match &self.task {
-            Some(task) if task.life.is_known() => task,
-            _ => {
-                refused(inspected, "task not found for given id")?;
-                return refused(calls.end(&self.id).await, "task does not exist");
-            }
-        };
-        let inspected = inspected.context("InspectTask")?;
-        let told = inspected.task.context("a task's status")?;
-        let driver = inspected.driver.context("a driver's status")?;
-        ensure!(driver.attributes["pid"] == task.pid, "{driver:?}");
-        ensure!(driver.attributes["unit"] == task.scope.unit, "{driver:?}");
-        match &task.life.state {
-            State::Running { .. } => {
-                ensure!(told.state() == TaskState::Running, "{told:?}");
-                ensure!(task.waiters.iter().all(|waiter| !waiter.is_finished()));
-                let found = task.scope.processes()?;
-                ensure!(found.len() == task.life.kind.processes(), "{found:?}");
-            }
-            State::Ended { end, .. } => {
-                ensure!(told.state() == TaskState::Exited, "{told:?}");
-                let result = told.result.context("a result")?;
-                ensure!(
-                    (result.exit_code, result.signal) == (end.code, end.signal),
-                    "{result:?}"
-                );
-                let exit = calls.end(&self.id).await.context("WaitTask")?;
-                ensure!(seen(&exit) == *end, "first {end:?}, then {exit:?}");
-                let (begun, ended) = (
-                    told.started_at.context("a start")?,
-                    told.completed_at.context("an end")?,
-                );
-                ensure!(
-                    (begun.seconds, begun.nanos) <= (ended.seconds, ended.nanos)
-                        || matches!(task.life.kind, Kind::EndsAtOnce(_)),
-                    "{begun:?}, {ended:?}"
-                );
-            }
-            State::Lost => {}
-        }
-        Ok(())
-    }
-}
-
-impl Task {
-    fn handle(&self, handles: Handles) -> TaskHandle {
-        let mut handle = TaskHandle {
-            state: TaskState::Running.into(),
-            ..self.handle.clone()
-        };
-        if let (Some(config), Handles::Stored) = (&mut handle.config, handles) {
-            config.msgpack_driver_config.clear();
-        }
-        handle
-    }
-
-    fn is_empty(&self) -> bool {
-        self.scope
-            .processes()
-            .map_or(true, |found| found.is_empty())
-    }
-
-    /// From outside. The end of a supervisor is the caller's to judge.
-    fn strike(&mut self, blow: Blow) -> Result<()> {
-        let end = |pid: i32| kill(Pid::from_raw(pid), Signal::SIGKILL);
-        match blow {
-            Blow::Nothing => {}
-            Blow::Tell => {
-                self.ends.tell.write_all(b"\n")?;
-                self.life.is_told();
-            }
-            Blow::KillMain => {
-                end(self.pid.parse()?)?;
-                self.life.signalled(KILL);
-            }
-            Blow::KillSupervisor => end(self.scope.supervisor()?.cast_signed())?,
-            Blow::StopScope => {
-                crate::nomad::said("systemctl", &["stop", &self.scope.unit])?;
-                self.life.stopped_by_systemd();
-            }
-        }
-        Ok(())
-    }
-
-    /// It must have ended by one of these, with nothing left in its scope, and whoever waited must have been told the same.
-    async fn ended(&mut self, calls: &Calls, due: &[End], is_recorded: bool) -> Result<()> {
-        let exit = calls.end(&self.config.id).await.context("WaitTask")?;
-        ensure!(due.contains(&seen(&exit)), "{exit:?} is none of {due:?}");
-        ensure!(!exit.oom_killed, "{exit:?}");
-        ensure!(
-            self.is_empty(),
-            "ended, and yet {:?}",
-            self.scope.processes()
-        );
-        self.answered(&[seen(&exit)]).await?;
-        self.life.ended(seen(&exit), is_recorded);
-        Ok(())
-    }
-
-    async fn answered(&mut self, ends: &[End]) -> Result<()> {
-        for waiter in self.waiters.drain(..) {
-            let answer = timeout(SETTLING, waiter)
-                .await
-                .context("a WaitTask hangs")?;
-            let exit = answer?.context("WaitTask")?;
-            ensure!(ends.contains(&seen(&exit)), "told {exit:?}, not {ends:?}");
-        }
-        Ok(())
-    }
-}
-
-impl Ends {
-    fn new(local: &Path, key: &str) -> Result<Ends> {
-        let fifo = local.join(key);
-        mkfifo(&fifo, Mode::empty())?;
-        fs::set_permissions(&fifo, Permissions::from_mode(0o666))?;
-        let mut open = OpenOptions::new();
-        let tell = open.read(true).write(true).custom_flags(libc::O_NONBLOCK);
-        Ok(Ends {
-            tell: tell.open(&fifo)?,
-            up: local.join(format!("{key}.up")),
-            fifo,
-        })
-    }
-
-    fn remove(&self) {
-        for file in [&self.fifo, &self.up] {
-            let _ = fs::remove_file(file);
-        }
-    }
-}
-
-async fn call_once(calls: &Calls, id: &str, call: Call) -> Result<(), Status> {
-    match call {
-        Call::Stop => calls.stop(id, "SIGINT", Duration::ZERO).await,
-        Call::Kill => calls.signal(id, "SIGKILL").await,
-        Call::Destroy => calls.destroy(id, true).await,
-    }
-}
-
-fn seen(exit: &Exit) -> End {
-    End {
-        code: exit.code,
-        signal: exit.signal,
-        is_explained: !exit.message.is_empty(),
-    }
-}
-
-fn already_started(id: &str) -> String {
-    format!("task with ID {id} already started")
-}
-
-/// It must have failed with a sentence that has these words.
-fn refused<T: std::fmt::Debug>(answer: Result<T, Status>, words: &str) -> Result<()> {
-    match answer {
-        Ok(answer) => bail!("not refused with {words:?}: {answer:?}"),
-        Err(status) => {
-            ensure!(
-                status.message().contains(words) && status.code() == tonic::Code::Unknown,
-                "refused with {status:?}, not {words:?}"
-            );
-            Ok(())
-        }
-    }
-}
-
-/// A call that was cut off, not one that was answered.
-fn expect_lost(status: &Status) -> Result<()> {
-    let is_lost = std::error::Error::source(status).is_some();
-    ensure!(is_lost, "refused, before the plugin was killed: {status:?}");
-    Ok(())
+fn sockets() -> usize {
+    fs::read_dir(SOCKETS).map_or(0, Iterator::count)
 }

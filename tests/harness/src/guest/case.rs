@@ -99,7 +99,7 @@ const SEQUENCE_PATIENCE: Duration = Duration::from_secs(4);
 pub struct Effort {
     /// How many sequences each of them tries.
     pub sequences: Option<u32>,
-    /// The only sequence to be tried.
+    /// The seed of the first, in place of new ones; without a number of sequences it is the only one.
     pub seed: Option<u64>,
 }
 
