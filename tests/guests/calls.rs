@@ -173,6 +173,12 @@ impl Descriptors {
         Ok(Descriptors(kinds))
     }
 
+    /// One more of this kind is as good.
+    pub fn and_one(mut self, kind: &str) -> Descriptors {
+        *self.0.entry(kind.to_owned()).or_default() += 1;
+        self
+    }
+
     /// The kinds of which the process has more by now.
     pub fn grown(&self, pid: u32) -> Result<Vec<String>> {
         let more = |(kind, count): (String, usize)| {

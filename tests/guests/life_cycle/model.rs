@@ -334,18 +334,18 @@ impl fmt::Display for Sequence {
 pub const TASKS_MAX: usize = 4;
 
 pub fn sequences() -> impl Strategy<Value = Sequence> {
-    let ops = proptest::collection::vec(op(), 4..24);
+    let ops = proptest::collection::vec(op(), 6..24);
     (1..=TASKS_MAX, ops).prop_map(|(tasks, ops)| Sequence { tasks, ops })
 }
 
 fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        30 => (task(), deed()).prop_map(|(task, deed)| Op::Task(task, deed)),
+        20 => (task(), deed()).prop_map(|(task, deed)| Op::Task(task, deed)),
         4 => [deed(), deed(), deed(), deed()].prop_map(Op::Each),
-        1 => (task(), blow()).prop_map(|(task, blow)| Op::Unseen(task, blow)),
-        1 => (task(), kind(), 0..20_u64)
+        2 => (task(), blow()).prop_map(|(task, blow)| Op::Unseen(task, blow)),
+        2 => (task(), kind(), 0..20_u64)
             .prop_map(|(task, kind, after)| Op::StartThroughCrash(task, kind, after)),
-        1 => (task(), call(), 0..8_u64)
+        2 => (task(), call(), 0..8_u64)
             .prop_map(|(task, call, after)| Op::CallThroughCrash(task, call, after)),
         1 => Just(Op::RestartPlugin),
         1 => Just(Op::KillPlugin),
@@ -359,7 +359,7 @@ fn task() -> impl Strategy<Value = usize> {
 
 fn deed() -> impl Strategy<Value = Deed> {
     prop_oneof![
-        10 => (kind(), any::<bool>()).prop_map(|(kind, again)| Deed::Start { kind, again }),
+        12 => (kind(), any::<bool>()).prop_map(|(kind, again)| Deed::Start { kind, again }),
         1 => kind().prop_map(Deed::StartTwice),
         5 => signal().prop_map(Deed::Signal),
         3 => Just(Deed::Tell),
@@ -367,7 +367,7 @@ fn deed() -> impl Strategy<Value = Deed> {
         4 => any::<bool>().prop_map(|force| Deed::Destroy { force }),
         1 => (call(), call()).prop_map(|(one, other)| Deed::Together(one, other)),
         2 => (1..=3_u8).prop_map(Deed::Wait),
-        2 => blow().prop_map(Deed::Strike),
+        5 => blow().prop_map(Deed::Strike),
     ]
 }
 

@@ -41,15 +41,17 @@ impl World {
     pub async fn new(context: &Context) -> Result<World> {
         let before = Ground::survey()?;
         let agent = agent(context).await?;
+        let plugin = agent.plugin_pid().await.context("there is no plugin")?;
+        // Before the first task, with which comes the watch for reserved CPUs.
+        let descriptors = Descriptors::of(plugin)?.and_one("anon_inode:inotify");
         let mut slots = Vec::new();
         for _ in 0..TASKS_MAX {
             slots.push(Slot::new(&agent).await?);
         }
-        let plugin = agent.plugin_pid().await.context("there is no plugin")?;
         Ok(World {
             before,
             ground: Ground::survey()?,
-            descriptors: Descriptors::of(plugin)?,
+            descriptors,
             agent: Some(agent),
             slots,
         })
