@@ -220,8 +220,11 @@ impl Life {
             STOP => *is_stopped = true,
             CONT => *is_stopped = false,
             KILL => {
-                *is_stopped = false;
-                *coming = vec![End::KILLED];
+                // What has come to a stopped process is overtaken.
+                if std::mem::take(is_stopped) {
+                    coming.clear();
+                }
+                coming.push(End::KILLED);
             }
             _ => coming.extend(effect),
         }
@@ -288,6 +291,8 @@ pub enum Deed {
     },
     /// Two StartTask of one id at once.
     StartTwice(Kind),
+    /// Another call about it during StartTask, and once more after it.
+    StartDuring(Kind, Call),
     Signal(&'static str),
     Tell,
     Stop(&'static str, Patience),
@@ -361,6 +366,7 @@ fn deed() -> impl Strategy<Value = Deed> {
     prop_oneof![
         12 => (kind(), any::<bool>()).prop_map(|(kind, again)| Deed::Start { kind, again }),
         1 => kind().prop_map(Deed::StartTwice),
+        1 => (kind(), call()).prop_map(|(kind, call)| Deed::StartDuring(kind, call)),
         5 => signal().prop_map(Deed::Signal),
         3 => Just(Deed::Tell),
         3 => (signal(), patience()).prop_map(|(signal, patience)| Deed::Stop(signal, patience)),

@@ -80,6 +80,7 @@ impl Slot {
         match deed {
             Deed::Start { kind, again } => self.start(calls, kind, again).await,
             Deed::StartTwice(kind) => self.start_twice(calls, kind).await,
+            Deed::StartDuring(kind, call) => self.start_during(calls, kind, call).await,
             Deed::Signal(name) => self.signal(calls, name).await,
             Deed::Tell => self.strike(calls, Blow::Tell).await,
             Deed::Strike(blow) => self.strike(calls, blow).await,
@@ -138,6 +139,23 @@ impl Slot {
         self.started(calls, kind, handle, ends).await
     }
 
+    async fn start_during(&mut self, calls: &Calls, kind: Kind, call: Call) -> Result<()> {
+        if self.task.is_some() || kind == Kind::Stranger {
+            return self.start(calls, kind, true).await;
+        }
+        let (config, ends) = self.prepare(kind, false)?;
+        let id = config.id.clone();
+        let (started, called) = tokio::join!(calls.start(config), call_once(calls, &id, call));
+        called.with_context(|| format!("{call:?}"))?;
+        match started {
+            Ok(handle) => self.known(calls, kind, handle, ends).await?,
+            // There was nothing left to start.
+            Err(_) if call == Call::Destroy => ends.remove(),
+            Err(status) => return Err(status).context("StartTask"),
+        }
+        self.together(calls, call, call).await
+    }
+
     pub async fn started(
         &mut self,
         calls: &Calls,
@@ -148,6 +166,17 @@ impl Slot {
         if kind.says_when_it_is_up() {
             until("the task is up", || ends.up.exists().then_some(())).await?;
         }
+        self.known(calls, kind, handle, ends).await
+    }
+
+    /// As the driver has it from now on.
+    async fn known(
+        &mut self,
+        calls: &Calls,
+        kind: Kind,
+        handle: TaskHandle,
+        ends: Ends,
+    ) -> Result<()> {
         let seen = calls.inspect(&self.id).await.context("InspectTask")?;
         let driver = seen.driver.context("a driver's status")?;
         self.forget();
