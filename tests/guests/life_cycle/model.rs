@@ -230,6 +230,13 @@ impl Life {
         }
     }
 
+    /// The same, maybe before its command has become what it is.
+    pub fn signalled_early(&mut self, signal: i32) {
+        if let State::Running { coming, .. } = &mut self.state {
+            coming.push(End::signal(signal));
+        }
+    }
+
     /// Its whole scope is stopped by systemd: SIGTERM to all, then SIGCONT.
     pub fn stopped_by_systemd(&mut self) {
         self.signalled(TERM);

@@ -153,6 +153,9 @@ impl Slot {
             Err(_) if call == Call::Destroy => ends.remove(),
             Err(status) => return Err(status).context("StartTask"),
         }
+        if let (Some(task), Call::Stop) = (&mut self.task, call) {
+            task.life.signalled_early(INT);
+        }
         self.together(calls, call, call).await
     }
 
