@@ -22,8 +22,10 @@ test-matrix: host ## the guest tests on every Debian release we follow, sid too,
 	$(TEST) --test guests -- --matrix
 
 ROUNDS ?= 10
+SEQUENCES ?= 500
 .PHONY: soak
-soak: host ## the guest tests again and again: make soak ROUNDS=10
+soak: host ## many random lives of tasks, then the guest tests again and again: make soak SEQUENCES=500 ROUNDS=10
+	$(TEST) --test guests -- --sequences $(SEQUENCES) life_cycle::
 	@for round in $$(seq $(ROUNDS)); do \
 		echo "== round $$round of $(ROUNDS)"; \
 		$(TEST) --test guests || exit 1; \

@@ -22,7 +22,6 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, signals_reach_the_main_process),
     case!(Speed, Ours, an_inspection_tells_pid_unit_and_times),
     case!(Speed, Ours, many_tasks_start_and_stop_at_once),
-    case!(Speed, Ours, many_commands_that_end_at_once_keep_their_codes),
 ];
 
 const EXIT7: &str = include_str!("../nomad/exit7.nomad.hcl");
@@ -362,30 +361,8 @@ fn many_tasks_start_and_stop_at_once(context: &Context) -> Result<()> {
     })
 }
 
-/// Their scopes may be gone before the driver has looked at them.
-fn many_commands_that_end_at_once_keep_their_codes(context: &Context) -> Result<()> {
-    context.block_on(async {
-        let agent = agent(context).await?;
-        let ground = Ground::survey()?;
-        let run = async |code: i32| {
-            let alloc = agent
-                .run(&Job::shell(&format!("exit {code}")).text())
-                .await?;
-            let exit = alloc.only_task()?.wait().await?;
-            ensure!((exit.code, exit.signal) == (code, 0), "{code}: {exit:?}");
-            alloc.stop().await
-        };
-        for done in join_all((0..60).map(&run).collect()).await {
-            done?;
-        }
-        let left = ground.left()?;
-        ensure!(left.is_empty(), "{left:?}");
-        agent.finish().await
-    })
-}
-
 /// All of them at once, in this task.
-async fn join_all<F: Future>(all: Vec<F>) -> Vec<F::Output> {
+pub async fn join_all<F: Future>(all: Vec<F>) -> Vec<F::Output> {
     let mut all: Vec<_> = all
         .into_iter()
         .map(|one| (Some(Box::pin(one)), None))

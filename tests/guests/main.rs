@@ -6,9 +6,11 @@ mod agent;
 mod agent_faults;
 mod bad_input;
 mod bus;
+mod calls;
 mod compat;
 mod cores;
 mod dbus;
+mod endurance;
 mod examples;
 mod faults;
 mod fitness;
@@ -18,6 +20,7 @@ mod jobs;
 mod journal;
 mod leaks;
 mod life;
+mod life_cycle;
 mod nomad;
 mod programs;
 mod reboot;
@@ -61,6 +64,8 @@ fn main() -> ExitCode {
         steps::CASES,
         takeover::CASES,
         truth::CASES,
+        life_cycle::CASES,
+        endurance::CASES,
         run::CASES,
         run_job::CASES,
         faults::CASES,
@@ -87,16 +92,20 @@ fn main() -> ExitCode {
 /// guest in between.
 macro_rules! case {
     ($needs:ident, $subject:ident, $function:ident) => {
-        case!(@ $needs, $subject, $function, None)
+        case!(@ $needs, $subject, $function, Short, None)
+    };
+    ($needs:ident, $subject:ident, $function:ident, Long) => {
+        case!(@ $needs, $subject, $function, Long, None)
     };
     ($needs:ident, $subject:ident, $function:ident, $after_reboot:ident) => {
-        case!(@ $needs, $subject, $function, Some($after_reboot))
+        case!(@ $needs, $subject, $function, Short, Some($after_reboot))
     };
-    (@ $needs:ident, $subject:ident, $function:ident, $after_reboot:expr) => {
+    (@ $needs:ident, $subject:ident, $function:ident, $length:ident, $after_reboot:expr) => {
         harness::guest::Case {
             name: concat!(module_path!(), "::", stringify!($function)),
             needs: harness::guest::Needs::$needs,
             subject: harness::guest::Subject::$subject,
+            length: harness::guest::Length::$length,
             run: $function,
             after_reboot: $after_reboot,
         }

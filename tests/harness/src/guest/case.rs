@@ -2,8 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
 
 use super::{GuestName, Kind, PAYLOAD_DIR};
 
@@ -43,11 +45,29 @@ pub enum Subject {
     Agent,
 }
 
+/// How long a case may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Length {
+    Short,
+    /// It does so much that a busy machine needs several times as long as others get.
+    Long,
+}
+
+impl Length {
+    fn patience(self) -> u64 {
+        match self {
+            Length::Short => 1,
+            Length::Long => 4,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
     pub name: &'static str,
     pub needs: Needs,
     pub subject: Subject,
+    pub length: Length,
     pub run: fn(&Context) -> Result<()>,
     /// What is looked at after a reboot of the guest. `run` then comes before it, leaves what there is to see, and keeps on
     /// the guest's disk what this has to know.
@@ -83,12 +103,46 @@ impl FromStr for Part {
     }
 }
 
+impl Case {
+    /// The case of a name, which may have the version of an agent.
+    pub(super) fn find<'a>(cases: &'a [Case], name: &str) -> Result<&'a Case> {
+        let function = name
+            .split_once(AT_AGENT)
+            .map_or(name, |(function, _)| function);
+        let found = cases.iter().find(|case| case.name == function);
+        found.with_context(|| format!("there is no case {function}"))
+    }
+
+    /// When it counts as hanging.
+    pub(super) fn patience(&self, guest: GuestName, effort: Effort) -> Duration {
+        let usual = match guest.kind {
+            Kind::Nspawn => 120,
+            Kind::Qemu => 300,
+        };
+        let sequences = effort.sequences.unwrap_or(0);
+        Duration::from_secs(usual * self.length.patience()) + SEQUENCE_PATIENCE * sequences
+    }
+}
+
+/// What each sequence that is asked for adds to the patience with a case.
+const SEQUENCE_PATIENCE: Duration = Duration::from_secs(4);
+
+/// How much the cases of random sequences do, where whoever runs them wants more or other than usual.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Effort {
+    /// How many sequences each of them tries.
+    pub sequences: Option<u32>,
+    /// The seed of the first, in place of new ones; without a number of sequences it is the only one.
+    pub seed: Option<u64>,
+}
+
 /// What a case may ask of the guest it runs in.
 #[derive(Debug)]
 pub struct Context {
     guest: GuestName,
     /// Version of the real agent.
     agent: Option<String>,
+    effort: Effort,
 }
 
 /// Between the name of a case and the version of the real agent that it is run with.
@@ -100,11 +154,16 @@ pub(super) fn payload_name(version: &str) -> String {
 }
 
 impl Context {
-    pub(super) fn new(guest: GuestName, agent: Option<&str>) -> Context {
+    pub(super) fn new(guest: GuestName, agent: Option<&str>, effort: Effort) -> Context {
         Context {
             guest,
             agent: agent.map(str::to_owned),
+            effort,
         }
+    }
+
+    pub fn effort(&self) -> Effort {
+        self.effort
     }
 
     pub fn guest(&self) -> GuestName {

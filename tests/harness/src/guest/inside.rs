@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::case::{AT_AGENT, Case, Context, NOTE, Part};
+use super::case::{AT_AGENT, Case, Context, Effort, NOTE, Part};
 use super::{GuestName, child};
 use crate::leaks::{Ground, Leak};
 
@@ -40,7 +40,13 @@ pub struct Ended {
 
 /// Runs the named cases, or one half of each, one after the other. Of a first half that went well nothing is told: its case
 /// has not ended.
-pub fn run_all(part: Part, guest: GuestName, case_seconds: u64, names: &[String]) -> Result<()> {
+pub fn run_all(
+    cases: &[Case],
+    part: Part,
+    guest: GuestName,
+    effort: Effort,
+    names: &[String],
+) -> Result<()> {
     let outputs = tempfile::tempdir()?;
     for (number, name) in names.iter().enumerate() {
         tell(&Report::Running {
@@ -48,10 +54,9 @@ pub fn run_all(part: Part, guest: GuestName, case_seconds: u64, names: &[String]
             seconds: 0.0,
         })?;
         let ended = run_one(
-            part,
-            guest,
+            (part, guest, effort),
             name,
-            Duration::from_secs(case_seconds),
+            Case::find(cases, name)?.patience(guest, effort),
             &outputs.path().join(number.to_string()),
         )?;
         if part != Part::BeforeReboot || ended.failure.is_some() {
@@ -67,8 +72,7 @@ fn tell(report: &Report) -> Result<()> {
 }
 
 fn run_one(
-    part: Part,
-    guest: GuestName,
+    (part, guest, effort): (Part, GuestName, Effort),
     name: &str,
     patience: Duration,
     output_path: &Path,
@@ -78,7 +82,8 @@ fn run_one(
     let ground = Ground::survey()?;
     let begun = Instant::now();
     let mut case = Command::new("/proc/self/exe")
-        .args(["--case", part.name(), &guest.to_string(), name])
+        .args(["--case", part.name(), &guest.to_string()])
+        .args([&serde_json::to_string(&effort)?, name])
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output)
@@ -143,18 +148,19 @@ fn watch(
 }
 
 /// Runs one case in this very process.
-pub fn run_here(cases: &[Case], part: Part, guest: GuestName, name: &str) -> Result<()> {
-    let (function, agent) = match name.split_once(AT_AGENT) {
-        Some((function, agent)) => (function, Some(agent)),
-        None => (name, None),
-    };
-    let Some(case) = cases.iter().find(|case| case.name == function) else {
-        bail!("there is no case {function}")
-    };
-    let context = Context::new(guest, agent);
+pub fn run_here(
+    cases: &[Case],
+    part: Part,
+    guest: GuestName,
+    effort: Effort,
+    name: &str,
+) -> Result<()> {
+    let case = Case::find(cases, name)?;
+    let agent = name.split_once(AT_AGENT).map(|(_, agent)| agent);
+    let context = Context::new(guest, agent, effort);
     match (part, case.after_reboot) {
         (Part::AfterReboot, Some(after_reboot)) => after_reboot(&context),
-        (Part::AfterReboot, None) => bail!("{function} does not reboot its guest"),
+        (Part::AfterReboot, None) => bail!("{name} does not reboot its guest"),
         (Part::Whole | Part::BeforeReboot, _) => (case.run)(&context),
     }
 }

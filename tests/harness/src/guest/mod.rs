@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-pub use case::{Case, Context, Needs, Subject};
+pub use case::{Case, Context, Effort, Length, Needs, Subject};
 pub use child::Exit;
 pub use payload::{Payload, SMALL_DISK};
 pub use qemu::Qemu;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::case::{AT_AGENT, Case, Part, Subject, payload_name};
+use super::case::{AT_AGENT, Case, Effort, Part, Subject, payload_name};
 use super::inside::{self, Report};
 use super::report::Tally;
 use super::{Boot, Exit, Guest, GuestName, Kind, PAYLOAD_DIR, Payload, Tier, child};
@@ -30,8 +30,10 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
-        ["--inside", part, guest, seconds, ..] => run_inside(part, guest, seconds, &arguments[4..]),
-        ["--case", part, guest, name] => run_case(suite, part, guest, name),
+        ["--inside", part, guest, effort, ..] => {
+            run_inside(suite, part, (guest, effort), &arguments[4..])
+        }
+        ["--case", part, guest, effort, name] => run_case(suite, part, (guest, effort), name),
         words => Selection::parse(words).and_then(|selection| selection.run(suite)),
     };
     done.unwrap_or_else(|error| {
@@ -40,13 +42,25 @@ pub fn main(suite: &Suite<'_>) -> ExitCode {
     })
 }
 
-fn run_inside(part: &str, guest: &str, seconds: &str, names: &[String]) -> Result<ExitCode> {
-    inside::run_all(part.parse()?, guest.parse()?, seconds.parse()?, names)?;
+fn run_inside(
+    suite: &Suite<'_>,
+    part: &str,
+    (guest, effort): (&str, &str),
+    names: &[String],
+) -> Result<ExitCode> {
+    let effort = serde_json::from_str(effort)?;
+    inside::run_all(suite.cases, part.parse()?, guest.parse()?, effort, names)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn run_case(suite: &Suite<'_>, part: &str, guest: &str, name: &str) -> Result<ExitCode> {
-    inside::run_here(suite.cases, part.parse()?, guest.parse()?, name)?;
+fn run_case(
+    suite: &Suite<'_>,
+    part: &str,
+    (guest, effort): (&str, &str),
+    name: &str,
+) -> Result<ExitCode> {
+    let effort = serde_json::from_str(effort)?;
+    inside::run_here(suite.cases, part.parse()?, guest.parse()?, effort, name)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -56,6 +70,7 @@ struct Selection {
     substrings: Vec<String>,
     list: bool,
     matrix: bool,
+    effort: Effort,
 }
 
 impl Selection {
@@ -68,12 +83,22 @@ impl Selection {
                     .guests
                     .push(words.next().context("--guest needs a name")?.parse()?),
                 "--matrix" => selection.matrix = true,
+                "--sequences" => {
+                    let count = words.next().context("--sequences needs a number")?;
+                    let count = count.parse().context("--sequences needs a number")?;
+                    selection.effort.sequences = Some(count);
+                }
+                "--seed" => {
+                    let seed = words.next().context("--seed needs a number")?;
+                    let seed = seed.parse().context("--seed needs a number")?;
+                    selection.effort.seed = Some(seed);
+                }
                 "--list" => selection.list = true,
                 // cargo test hands the same options to every test executable.
                 "--nocapture" | "--no-capture" | "--show-output" | "--quiet" | "-q" => {}
                 option if option.starts_with('-') => {
                     bail!(
-                        "unknown option {option}; known: --guest NAME, --matrix, --list, and parts of case names"
+                        "unknown option {option}; known: --guest NAME, --matrix, --list, --sequences COUNT, --seed SEED, and parts of case names"
                     )
                 }
                 part => selection.substrings.push(part.to_owned()),
@@ -171,6 +196,7 @@ impl Selection {
             payload: &payload,
             logs: suite.logs,
             tally: &tally,
+            effort: self.effort,
         };
         run.guests();
         Ok(tally.conclude())
@@ -241,6 +267,7 @@ struct Run<'a> {
     payload: &'a Payload,
     logs: &'a Path,
     tally: &'a Tally,
+    effort: Effort,
 }
 
 impl Run<'_> {
@@ -345,9 +372,7 @@ impl Run<'_> {
     }
 
     fn reboots(&self, name: &str) -> bool {
-        let function = name.split(AT_AGENT).next().unwrap_or(name);
-        let mut cases = self.cases.iter();
-        cases.any(|case| case.name == function && case.after_reboot.is_some())
+        Case::find(self.cases, name).is_ok_and(|case| case.after_reboot.is_some())
     }
 
     fn run_part(
@@ -358,24 +383,23 @@ impl Run<'_> {
         reported: &mut Vec<String>,
     ) -> Result<()> {
         let name = guest.name();
-        let case_seconds: u64 = match name.kind {
-            Kind::Nspawn => 120,
-            Kind::Qemu => 300,
-        };
-        let (runner, seconds, guest_name) = (
+        let (runner, guest_name, effort) = (
             format!("{PAYLOAD_DIR}/guests"),
-            case_seconds.to_string(),
             name.to_string(),
+            serde_json::to_string(&self.effort)?,
         );
         let mut argv = vec![
             runner.as_str(),
             "--inside",
             part.name(),
             &guest_name,
-            &seconds,
+            &effort,
         ];
         argv.extend(names.iter().map(String::as_str));
-        let patience = Duration::from_secs(60 + case_seconds * names.len() as u64);
+        let mut patience = Duration::from_secs(60);
+        for case in names {
+            patience += Case::find(self.cases, case)?.patience(name, self.effort);
+        }
         let (mut last, mut chatter) = (String::new(), String::new());
         let mut failures = 0;
         let exit = guest.run(
@@ -438,13 +462,14 @@ impl Run<'_> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::guest::Needs;
+    use crate::guest::{Length, Needs};
 
     const CASES: &[Case] = &[
         Case {
             name: "a::fast",
             needs: Needs::Speed,
             subject: Subject::Ours,
+            length: Length::Short,
             run: |_| Ok(()),
             after_reboot: None,
         },
@@ -452,6 +477,7 @@ mod tests {
             name: "a::limited",
             needs: Needs::Limits,
             subject: Subject::Ours,
+            length: Length::Short,
             run: |_| Ok(()),
             after_reboot: None,
         },
@@ -459,6 +485,7 @@ mod tests {
             name: "b::real",
             needs: Needs::Limits,
             subject: Subject::Agent,
+            length: Length::Short,
             run: |_| Ok(()),
             after_reboot: None,
         },
@@ -522,6 +549,20 @@ mod tests {
         for path in ["/no/such/nomad", "/bin/true"] {
             let error = version(Path::new(path)).unwrap_err().to_string();
             assert!(error.contains(path), "{error}");
+        }
+    }
+
+    #[test]
+    fn sequences_and_a_seed_are_numbers() {
+        let words = ["--sequences", "500", "--seed", "7"];
+        let expected = Effort {
+            sequences: Some(500),
+            seed: Some(7),
+        };
+        assert_eq!(Selection::parse(&words).unwrap().effort, expected);
+        for words in [["--sequences", "many"], ["--seed", "-1"]] {
+            let error = Selection::parse(&words).unwrap_err().to_string();
+            assert_eq!(error, format!("{} needs a number", words[0]));
         }
     }
 

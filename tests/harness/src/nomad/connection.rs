@@ -8,10 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_stream::pending;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
@@ -157,7 +157,9 @@ impl Connection {
         });
         let mut broker = GrpcBrokerClient::new(self.channel.clone());
         self.hold(async move {
-            match broker.start_stream(pending()).await {
+            // Says nothing, and ends with this stream: a request without end would keep the socket of a dead agent open.
+            let (_silent, requests) = mpsc::channel(1);
+            match broker.start_stream(ReceiverStream::new(requests)).await {
                 Ok(stream) => {
                     let mut stream = stream.into_inner();
                     while let Ok(Some(_)) = stream.message().await {}
