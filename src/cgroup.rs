@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// Where systemd mounts the unified hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";
+/// systemd keeps marks of its own there, such as trusted.invocation_id.
+const OWNER: &str = "trusted.nomad-driver-exec2.owner";
 
 /// One cgroup's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,6 +90,18 @@ impl Cgroup {
         }
     }
 
+    /// The processes in it and below it; none if it is gone.
+    pub fn processes(&self) -> Vec<u32> {
+        let own = self.read("cgroup.procs").unwrap_or_default();
+        let mut pids: Vec<u32> = own.lines().filter_map(|pid| pid.parse().ok()).collect();
+        let below = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        for entry in below {
+            pids.extend(Self { path: entry.path() }.processes());
+        }
+        pids
+    }
+
     /// SIGKILL to every process in it and below it (Linux 5.14); none are left to kill if it is gone.
     pub fn kill(&self) -> io::Result<()> {
         match fs::write(self.path.join("cgroup.kill"), "1") {
@@ -137,6 +151,13 @@ impl Cgroup {
                 .ok()
                 .and_then(|quota| quota.saturating_mul(1_000_000).checked_div(period)),
         )
+    }
+
+    /// Whose scope it is, as `claim` wrote it.
+    pub fn owner(&self) -> Option<String> {
+        let mut owner = [0; 256];
+        let length = rustix::fs::getxattr(&self.path, OWNER, &mut owner).ok()?;
+        Some(String::from_utf8_lossy(&owner[..length]).into_owned())
     }
 
     /// The CPUs asked for, as the kernel lists them; empty if its parent's, `None` without such a file.

@@ -51,7 +51,7 @@ const ROOMS: [Room; 15] = [
     Room {
         name: "cgroup",
         rooms: &[],
-        crates: &["libc"],
+        crates: &["libc", "rustix"],
     },
     Room {
         name: "users",
@@ -141,8 +141,18 @@ const ROOMS: [Room; 15] = [
     },
     Room {
         name: "cli",
-        rooms: &["config", "host", "job", "plan", "task", "text", "users"],
-        crates: &["clap", "nix", "thiserror", "tokio", "tokio_stream"],
+        rooms: &[
+            "cgroup", "config", "host", "job", "plan", "record", "systemd", "task", "text", "users",
+        ],
+        crates: &[
+            "clap",
+            "nix",
+            "serde",
+            "serde_json",
+            "thiserror",
+            "tokio",
+            "tokio_stream",
+        ],
     },
 ];
 

@@ -22,6 +22,7 @@ mod run;
 mod run_job;
 mod scopes;
 mod surroundings;
+mod tasks;
 mod versions;
 mod view;
 
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         recovery::CASES,
         run::CASES,
         run_job::CASES,
+        tasks::CASES,
         dbus::CASES,
         // Last: they take the guest's journal and bus away for a while.
         journal::CASES,
