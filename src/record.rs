@@ -12,7 +12,7 @@ pub const SIZE_BYTES: usize = 4096;
 const MAGIC: [u8; 8] = *b"exec2rc1";
 
 /// How the main process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Exit {
     /// Exit code, 0 if killed by a signal.
     pub code: i32,

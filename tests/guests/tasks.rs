@@ -265,10 +265,7 @@ fn what_is_left_over_is_listed_and_left_alone(context: &Context) -> Result<()> {
             object["state"] == "leftover" && object["alloc"] == "0a1b2c3d",
             "{object}"
         );
-        ensure!(
-            object["owner"].is_null() && line.ends_with("unknown"),
-            "{object}"
-        );
+        ensure!(object["owner"].is_null() && line.ends_with('-'), "{object}");
         ensure!(objects(&listed(context, &["--json"])?)?.len() == 2);
 
         ensure!(planted.scope.try_wait()?.is_none(), "the orphan was ended");

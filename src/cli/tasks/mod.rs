@@ -29,7 +29,8 @@ The states:
             call about the task removes it; of a `run`, remove /run/nomad-driver-exec2/records/UNIT
 
 AGE is the time since the start, or since the end of what has ended. MEMORY is what is used and the limit, CPU the time used
-so far and the limit in percent of one core. OWNER is the Nomad node whose agent started the task, or `run`.
+so far and the limit in percent of one core. OWNER is the Nomad node whose agent started the task, or `run`. What is not
+known is `-`.
 
 Examples:
   nomad-driver-exec2 tasks

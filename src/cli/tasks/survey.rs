@@ -273,14 +273,6 @@ async fn describe(tasks: &mut [Task], systemd: &Systemd) -> Result<(), String> {
 mod tests {
     use super::*;
 
-    const EXIT: Exit = Exit {
-        code: 7,
-        signal: 0,
-        oom_kills: 0,
-        memory_peak_bytes: 0,
-        ended_unix_nanos: 1,
-    };
-
     fn member(pids: &[u32], parent: u32, start_ticks: u64) -> Member {
         Member {
             pids: pids.to_vec(),
@@ -291,6 +283,10 @@ mod tests {
 
     #[test]
     fn a_state_follows_from_scope_processes_and_record() {
+        let exit = Exit {
+            code: 7,
+            ..Exit::default()
+        };
         let helper = |parent| vec![member(&[500, 1], parent, 10)];
         let judged = |record, has_scope, processes: &[Member]| {
             judge(record, has_scope, processes).map(|(state, _)| state)
@@ -298,13 +294,13 @@ mod tests {
         for (record, has_scope, processes, state) in [
             (Some(Record::Open), true, helper(1), Some(State::Running)),
             (
-                Some(Record::Exited(EXIT)),
+                Some(Record::Exited(exit)),
                 false,
                 vec![],
                 Some(State::Ended),
             ),
             (
-                Some(Record::Exited(EXIT)),
+                Some(Record::Exited(exit)),
                 true,
                 helper(1),
                 Some(State::Ended),
@@ -325,8 +321,8 @@ mod tests {
                 "{record:?} {has_scope} {processes:?}"
             );
         }
-        let ended = judge(Some(Record::Exited(EXIT)), false, &[]);
-        assert_eq!(ended, Some((State::Ended, Some(EXIT))));
+        let ended = judge(Some(Record::Exited(exit)), false, &[]);
+        assert_eq!(ended, Some((State::Ended, Some(exit))));
     }
 
     #[test]

@@ -87,14 +87,11 @@ fn cells(task: &Task) -> [String; COLUMNS.len()] {
             task.cpu_usec.map(cpu_time),
             task.cpu_quota_usec_per_sec.map(percent),
         ),
-        owner(task.owner.as_deref()),
+        known(task.owner.as_deref().map(owner)),
     ]
 }
 
-fn owner(owner: Option<&str>) -> String {
-    let Some(owner) = owner else {
-        return "unknown".into();
-    };
+fn owner(owner: &str) -> String {
     match owner.strip_prefix("node ") {
         Some(id) => format!("node {}", id.chars().take(SHORT_ID).collect::<String>()),
         None => owner.to_owned(),
@@ -187,7 +184,7 @@ mod tests {
             "\
 UNIT                               STATE            TASK            ALLOC     PID   AGE    MEMORY     CPU        OWNER
 exec2-web-0a1b2c3d-deadbeef.scope  running          shop/front/web  0a1b2c3d  4711  5m12s  600K/128M  296ms/50%  node 8f3c2a10
-exec2-t-1-2.scope                  ended (SIGKILL)  t               -         -     -      -          -          unknown
+exec2-t-1-2.scope                  ended (SIGKILL)  t               -         -     -      -          -          -
 "
         );
         assert_eq!(table(&[], Colours::Some), "");
