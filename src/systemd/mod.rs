@@ -3,8 +3,9 @@
 
 mod proxy;
 mod scope;
+mod units;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -244,22 +245,6 @@ impl Systemd {
             Err(SystemdError::Refused { reason, .. }) if reason.contains("not loaded") => Ok(false),
             Err(error) => Err(error),
         }
-    }
-
-    /// The descriptions of the units whose names are like this, by name.
-    pub async fn descriptions(
-        &self,
-        pattern: &str,
-    ) -> Result<BTreeMap<String, String>, SystemdError> {
-        let _turn = self.calls.acquire().await;
-        let bus = self.bus().await?;
-        let patterns = [pattern];
-        let listed = bus.manager.list_units_by_patterns(&[], &patterns);
-        let units = self
-            .call(&bus, "ListUnitsByPatterns", pattern, listed)
-            .await?;
-        let named = |unit: proxy::ListedUnit| (unit.0, unit.1);
-        Ok(units.into_iter().map(named).collect())
     }
 
     /// Until the connection is lost, if there is one.

@@ -23,10 +23,10 @@ use table::Colours;
 The states:
   running   its processes are there
   starting  its scope is there, its command not yet
-  ended     with an exit code or by a signal; Nomad has not collected it yet
-  orphan    processes of a start that nobody finished, or without a record; `systemctl stop UNIT` ends them
-  leftover  a scope or a record without a process and without an end: its supervisor was killed. Nomad's next
-            call about the task removes it; of a `run`, remove /run/nomad-driver-exec2/records/UNIT
+  ended     with an exit code or by a signal, and Nomad has not collected that yet
+  orphan    processes without a record, as of a start that nobody finished; `systemctl stop UNIT` ends them
+  leftover  a scope or a record without a process and without an end, as after a SIGKILL to the supervisor; Nomad's
+            next call about the task removes it; of a `run`, remove /run/nomad-driver-exec2/records/UNIT
 
 AGE is the time since the start, or since the end of what has ended. MEMORY is what is used and the limit, CPU the time used
 so far and the limit in percent of one core. OWNER is the Nomad node whose agent started the task, or `run`. What is not
