@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+/// How often it is looked whether what a silent command runs on is well.
+const CHECK: Duration = Duration::from_secs(5);
+
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
@@ -47,6 +50,16 @@ pub fn stream(
     timeout: Duration,
     on_line: &mut dyn FnMut(&str),
 ) -> Result<Exit> {
+    stream_while(command, timeout, &|| Ok(()), on_line)
+}
+
+/// The same, for as long as whatever it runs on is well.
+pub fn stream_while(
+    command: &mut Command,
+    timeout: Duration,
+    check: &dyn Fn() -> Result<()>,
+    on_line: &mut dyn FnMut(&str),
+) -> Result<Exit> {
     let deadline = Instant::now() + timeout;
     let mut child = command
         .stdin(Stdio::null())
@@ -76,9 +89,16 @@ pub fn stream(
     }
     drop(sender);
     loop {
-        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match lines.recv_timeout(left.min(CHECK)) {
             Ok(line) => on_line(&line),
             Err(RecvTimeoutError::Disconnected) => return wait(&mut child, deadline),
+            Err(RecvTimeoutError::Timeout) if left > CHECK => {
+                if let Err(error) = check() {
+                    end(&mut child);
+                    return Err(error);
+                }
+            }
             Err(RecvTimeoutError::Timeout) => {
                 end(&mut child);
                 return Ok(Exit::TimedOut);

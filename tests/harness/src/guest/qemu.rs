@@ -42,6 +42,8 @@ pub const KERNEL_ARGUMENTS: &str = "root=/dev/vda rw fsck.mode=skip console=ttyS
 
 /// After a restore the guest's clock stands where the snapshot was taken, and its random numbers would repeat those of
 /// every other run: both are mended before anything else happens. 0x5207 is RNDRESEEDCRNG.
+/// The last that a kernel says.
+pub(super) const PANIC: &str = "Kernel panic - not syncing";
 const WAKE: &str = r#"set -eu
 date --set "@$1" >/dev/null
 perl -e 'open R, ">", "/dev/urandom" or die; syswrite R, pack "H*", shift; ioctl R, 0x5207, 0 or die' "$2"
@@ -301,7 +303,13 @@ impl Guest for Qemu {
     ) -> Result<Exit> {
         let argv = child::in_a_unit(argv);
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-        child::stream(&mut self.machine.ssh.command(&[], &argv), timeout, on_line)
+        let check = || {
+            let console = self.machine.console();
+            let panic = console.lines().find(|line| line.contains(PANIC));
+            panic.map_or(Ok(()), |line| bail!("{}: {line}", self.name))
+        };
+        let mut command = self.machine.ssh.command(&[], &argv);
+        child::stream_while(&mut command, timeout, &check, on_line)
     }
 
     fn put(&mut self, path: &Path, content: &[u8]) -> Result<()> {
