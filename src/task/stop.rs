@@ -169,6 +169,11 @@ impl TaskTable {
         if how == Destroy::OnlyIfEnded && task.as_ref().is_some_and(|task| task.ended().is_none()) {
             return Err(DriverError::Permanent("cannot destroy running task".into()));
         }
+        if task.is_none() && self.knows(id) {
+            return Err(DriverError::Permanent(format!(
+                "task {id} is being started; stop or destroy it when that is done"
+            )));
+        }
         if task.is_none() {
             self.expect_own(&UnitName::of_task(id.as_str()))?;
         }

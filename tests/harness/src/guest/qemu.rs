@@ -40,10 +40,11 @@ pub const MACHINE: &[&str] = &[
 pub const KERNEL_ARGUMENTS: &str = "root=/dev/vda rw fsck.mode=skip console=ttyS0 quiet systemd.show_status=0 audit=0 \
                                     mitigations=off net.ifnames=0 random.trust_cpu=on";
 
-/// After a restore the guest's clock stands where the snapshot was taken, and its random numbers would repeat those of
-/// every other run: both are mended before anything else happens. 0x5207 is RNDRESEEDCRNG.
 /// The last that a kernel says.
 pub(super) const PANIC: &str = "Kernel panic - not syncing";
+
+/// After a restore the guest's clock stands where the snapshot was taken, and its random numbers would repeat those of
+/// every other run: both are mended before anything else happens. 0x5207 is RNDRESEEDCRNG.
 const WAKE: &str = r#"set -eu
 date --set "@$1" >/dev/null
 perl -e 'open R, ">", "/dev/urandom" or die; syswrite R, pack "H*", shift; ioctl R, 0x5207, 0 or die' "$2"
