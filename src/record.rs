@@ -17,7 +17,7 @@ const BODY_BYTES: usize = 48;
 const BODY: Range<usize> = 16..16 + BODY_BYTES;
 
 /// How the main process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Exit {
     /// Exit code, 0 if killed by a signal.
     pub code: i32,

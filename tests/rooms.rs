@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use nomad_driver_exec2::cli::tasks;
 use nomad_driver_exec2::config::schema;
 use nomad_driver_exec2::plan::steps::Step;
 use nomad_driver_exec2::plan::unveil;
@@ -158,8 +159,18 @@ const ROOMS: [Room; 16] = [
     },
     Room {
         name: "cli",
-        rooms: &["config", "host", "job", "plan", "task", "text", "users"],
-        crates: &["clap", "nix", "thiserror", "tokio", "tokio_stream"],
+        rooms: &[
+            "cgroup", "config", "host", "job", "plan", "record", "systemd", "task", "text", "users",
+        ],
+        crates: &[
+            "clap",
+            "nix",
+            "serde",
+            "serde_json",
+            "thiserror",
+            "tokio",
+            "tokio_stream",
+        ],
     },
 ];
 
@@ -324,6 +335,24 @@ fn the_readme_explains_every_key_and_every_default_path() {
         assert!(
             readme.contains(&format!("`{path}`")),
             "README.md does not list {path}"
+        );
+    }
+}
+
+#[test]
+fn the_readme_explains_every_column_and_key_of_tasks() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let mut lines = readme.lines();
+    assert!(
+        lines.any(|line| line.split_whitespace().eq(tasks::COLUMNS)),
+        "README.md does not show these columns: {:?}",
+        tasks::COLUMNS
+    );
+    let object = serde_json::to_value(tasks::Task::default()).unwrap();
+    for key in object.as_object().unwrap().keys() {
+        assert!(
+            readme.contains(&format!("`{key}`")),
+            "README.md does not explain {key}"
         );
     }
 }

@@ -1,12 +1,13 @@
 //! For people: the command line of the binary that Nomad starts as its plugin. Each command is one file.
 
 mod run;
+pub mod tasks;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Runs commands and job files the way Nomad's tasks with the driver "exec2" run: in a systemd scope of their own, confined by Landlock.
+/// Lists Nomad's tasks with the driver "exec2", and runs commands and job files the way these run: in a systemd scope of their own, confined by Landlock.
 #[derive(Debug, Parser)]
 #[command(
     name = "nomad-driver-exec2",
@@ -20,7 +21,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::Run),
+    Run(Box<run::Run>),
+    Tasks(tasks::Tasks),
 }
 
 /// Told from what a command itself exits with, as env(1) and timeout(1) do.
@@ -28,8 +30,11 @@ const COULD_NOT_RUN: u8 = 125;
 
 /// Parses the arguments and does what they say.
 pub fn main() -> ExitCode {
-    let Command::Run(run) = Arguments::parse().command;
-    match run.main() {
+    let done = match Arguments::parse().command {
+        Command::Run(run) => run.main().map_err(|error| error.to_string()),
+        Command::Tasks(tasks) => tasks.main().map_err(|error| error.to_string()),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             run::terminal::say(error);
@@ -43,13 +48,25 @@ mod tests {
     use super::*;
     use clap::CommandFactory;
 
+    fn is_taken(line: &str) -> bool {
+        let words = format!("nomad-driver-exec2 {line}");
+        Arguments::try_parse_from(words.split_whitespace()).is_ok()
+    }
+
+    #[test]
+    fn tasks_are_watched_every_two_or_so_many_seconds() {
+        for line in ["tasks", "tasks --json --watch", "tasks --watch=10"] {
+            assert!(is_taken(line), "{line}");
+        }
+        for line in ["tasks x", "tasks --watch=0", "tasks --watch 10"] {
+            assert!(!is_taken(line), "{line}");
+        }
+    }
+
     #[test]
     fn a_run_is_of_a_command_or_of_a_job_file() {
         Arguments::command().debug_assert();
-        let is_taken = |line: &str| {
-            let words = format!("nomad-driver-exec2 run {line}");
-            Arguments::try_parse_from(words.split_whitespace()).is_ok()
-        };
+        let is_taken = |line: &str| is_taken(&format!("run {line}"));
         for line in [
             "-- true",
             "--memory 64M --unveil r:/srv -- ls -l",

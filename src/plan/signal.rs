@@ -52,6 +52,16 @@ pub fn parse(text: &str) -> Result<i32, SignalError> {
         .ok_or_else(|| SignalError::Unknown(text.chars().take(40).collect()))
 }
 
+/// Its usual name, `SIGTERM` for 15.
+pub fn name(number: i32) -> String {
+    let index = usize::try_from(number).ok().and_then(|n| n.checked_sub(1));
+    match index.and_then(|index| NAMES.get(index)) {
+        Some(name) => format!("SIG{name}"),
+        None if (RTMIN..=RTMAX).contains(&number) => format!("SIGRTMIN+{}", number - RTMIN),
+        None => format!("signal {number}"),
+    }
+}
+
 fn by_number(name: &str) -> Option<i32> {
     name.parse().ok().filter(|number| {
         (1..=RTMAX).contains(number) && name.bytes().all(|byte| byte.is_ascii_digit())
@@ -77,6 +87,15 @@ fn real_time(name: &str) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_that_of_its_number() {
+        for number in 1..=RTMAX {
+            let known = number <= 31 || number >= RTMIN;
+            assert_eq!(parse(&name(number)).ok(), known.then_some(number));
+        }
+        assert_eq!(name(9), "SIGKILL");
+    }
 
     #[test]
     fn every_signal_has_its_number_in_any_spelling() {

@@ -50,6 +50,17 @@ impl UnitName {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The task and the first characters of its allocation's id, of a name that derives from an id of Nomad's.
+    pub fn parts(&self) -> Option<(&str, &str)> {
+        let rest = self.0.strip_prefix("exec2-")?.strip_suffix(".scope")?;
+        let (rest, attempt) = rest.rsplit_once('-')?;
+        let (task, alloc) = rest.rsplit_once('-')?;
+        [alloc, attempt]
+            .iter()
+            .all(|id| id.len() == 8 && is_hex(id))
+            .then_some((task, alloc))
+    }
 }
 
 impl fmt::Display for UnitName {
@@ -82,14 +93,29 @@ pub fn description(names: &Names) -> UnitText {
     ))
 }
 
+/// `job/group/task` of a description; a task's name may have any words in it, a namespace none.
+pub fn path_in(description: &str) -> Option<String> {
+    let (names, _) = description
+        .strip_prefix("Nomad task ")?
+        .rsplit_once(" (alloc ")?;
+    names.match_indices(" of ").find_map(|(at, of)| {
+        let (namespace, path) = names[at + of.len()..].split_once('/')?;
+        let is_namespace = !namespace.contains(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+        is_namespace.then(|| format!("{path}/{}", &names[..at]))
+    })
+}
+
+fn is_hex(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
 fn split(id: &str) -> Option<(&str, &str, &str)> {
     let (alloc, rest) = id.split_once('/')?;
     let (task, attempt) = rest.rsplit_once('/')?;
-    let hex = |text: &str| text.bytes().all(|byte| byte.is_ascii_hexdigit());
     (alloc.len() >= 8
-        && hex(alloc.get(..8)?)
+        && is_hex(alloc.get(..8)?)
         && attempt.len() == 8
-        && hex(attempt)
+        && is_hex(attempt)
         && !task.is_empty())
     .then_some((alloc, task, attempt))
 }
@@ -149,6 +175,27 @@ mod tests {
         assert_ne!(one, two);
         assert!(one.as_str().ends_with("-0a1b2c3d-deadbeef.scope"));
         assert!(one.as_str().len() <= MAX_NAME_BYTES);
+    }
+
+    #[test]
+    fn a_name_and_a_description_tell_whose_they_are() {
+        let name = UnitName::of_task(&format!("{ALLOC}/web-1/deadbeef"));
+        assert_eq!(name.parts(), Some(("web-1", "0a1b2c3d")));
+        assert_eq!(UnitName::of_task("no id of Nomad's").parts(), None);
+        let mut names = Names {
+            namespace: "default".into(),
+            job: "shop".into(),
+            group: "g of x/y".into(),
+            task: "web".into(),
+            alloc_id: ALLOC.into(),
+            ..Names::default()
+        };
+        let path = |names: &Names| path_in(description(names).as_str());
+        assert_eq!(path(&names).as_deref(), Some("shop/g of x/y/web"));
+        names.task = "one of two".into();
+        names.group = "g".into();
+        assert_eq!(path(&names).as_deref(), Some("shop/g/one of two"));
+        assert_eq!(path_in("/usr/bin/sleep 600"), None);
     }
 
     #[test]

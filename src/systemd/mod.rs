@@ -4,6 +4,7 @@
 mod error;
 mod proxy;
 mod scope;
+mod units;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};

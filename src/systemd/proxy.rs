@@ -2,6 +2,20 @@
 
 use zbus::{OwnedObjectPath, Variant, proxy};
 
+/// Name, description, load, active and sub state, the unit followed, path, and the job queued: its id, type and path.
+pub(super) type ListedUnit = (
+    String,
+    String,
+    String,
+    String,
+    String,
+    String,
+    OwnedObjectPath,
+    u32,
+    String,
+    OwnedObjectPath,
+);
+
 /// org.freedesktop.systemd1(5)
 #[proxy(
     interface = "org.freedesktop.systemd1.Manager",
@@ -10,6 +24,12 @@ use zbus::{OwnedObjectPath, Variant, proxy};
 )]
 pub(super) trait Manager {
     fn get_unit(&self, name: &str) -> zbus::Result<OwnedObjectPath>;
+
+    fn list_units_by_patterns(
+        &self,
+        states: &[&str],
+        patterns: &[&str],
+    ) -> zbus::Result<Vec<ListedUnit>>;
 
     #[allow(clippy::type_complexity)]
     fn start_transient_unit(

@@ -28,7 +28,7 @@ use tokio_stream::Stream;
 use crate::config::plugin::PluginConfig;
 pub use start::Output;
 pub use stop::StopStep;
-pub use table::TaskTable;
+pub use table::{RUN_DIR, TaskTable};
 use types::{
     Destroy, DriverError, ExitResult, Fingerprint, Saved, TaskEvent, TaskId, TaskRequest,
     TaskStatus, Topology, Usage,

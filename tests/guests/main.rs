@@ -28,6 +28,7 @@ mod shortage;
 mod steps;
 mod surroundings;
 mod takeover;
+mod tasks;
 mod truth;
 mod versions;
 mod view;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         run_job::CASES,
         faults::CASES,
         shortage::CASES,
+        tasks::CASES,
         dbus::CASES,
         // Last: they take the guest's journal and bus away for a while.
         journal::CASES,

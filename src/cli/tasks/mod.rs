@@ -1,0 +1,139 @@
+//! `tasks`: what runs on this host, and what is left over. Looks, and changes nothing.
+
+mod survey;
+mod table;
+
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use thiserror::Error;
+
+use super::run::terminal::{Stops, say};
+use crate::systemd::Systemd;
+use survey::Survey;
+pub use survey::Task;
+pub use table::COLUMNS;
+use table::Colours;
+
+/// List the tasks on this host, those of Nomad's and of `run`, and what is left over of some
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The states:
+  running   its processes are there
+  starting  its scope is there, its command not yet
+  ended     with an exit code or by a signal, and Nomad has not collected that yet
+  orphan    processes without a record, as of a start that nobody finished; `systemctl stop UNIT` ends them
+  leftover  a scope or a record without a process and without an end, as after a SIGKILL to the supervisor; Nomad's
+            next call about the task removes it; of a `run`, remove /run/nomad-driver-exec2/records/UNIT
+
+AGE is the time since the start, or since the end of what has ended. MEMORY is what is used and the limit, CPU the time used
+so far and the limit in percent of one core. OWNER is the Nomad node whose agent started the task, or `run`. What is not
+known is `-`.
+
+Examples:
+  nomad-driver-exec2 tasks
+  nomad-driver-exec2 tasks --watch=5
+  nomad-driver-exec2 tasks --json | jq -r '.[] | select(.state != \"running\") | .unit'")]
+pub struct Tasks {
+    /// Print an array of objects in one line, with null for what is not known or not limited
+    #[arg(long)]
+    json: bool,
+    /// Print again every so many seconds, until Ctrl-C
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "2",
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
+    watch: Option<u64>,
+}
+
+#[derive(Debug, Error)]
+pub enum TasksError {
+    #[error("tasks needs root: what it reads is root's alone; try sudo")]
+    NotRoot,
+    #[error(transparent)]
+    Host(#[from] io::Error),
+}
+
+const NOTHING: &str = "no task is here, and nothing is left over of one";
+
+impl Tasks {
+    pub fn main(self) -> Result<ExitCode, TasksError> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(TasksError::NotRoot);
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        match runtime.block_on(self.show()) {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
+            shown => Ok(shown.map(|()| ExitCode::SUCCESS)?),
+        }
+    }
+
+    async fn show(&self) -> io::Result<()> {
+        let systemd = Systemd::new();
+        let Some(seconds) = self.watch else {
+            return self.print(&survey::survey(&systemd).await);
+        };
+        let mut stops = Stops::listen()?;
+        loop {
+            let survey = survey::survey(&systemd).await;
+            if !self.json && io::stdout().is_terminal() {
+                redraw(&survey)?;
+            } else {
+                self.print(&survey)?;
+            }
+            tokio::select! {
+                _ = stops.next() => return Ok(()),
+                () = tokio::time::sleep(Duration::from_secs(seconds)) => {}
+            }
+        }
+    }
+
+    fn print(&self, survey: &Survey) -> io::Result<()> {
+        notes(survey).for_each(say);
+        let mut stdout = io::stdout().lock();
+        if self.json {
+            serde_json::to_writer(&mut stdout, &survey.tasks)?;
+            return writeln!(stdout);
+        }
+        stdout.write_all(table::table(&survey.tasks, colours()).as_bytes())?;
+        stdout.flush()
+    }
+}
+
+fn notes(survey: &Survey) -> impl Iterator<Item = &str> {
+    let nothing = survey.tasks.is_empty().then_some(NOTHING);
+    survey.warning.as_deref().into_iter().chain(nothing)
+}
+
+/// Over what stands there, line by line, so that nothing flickers.
+fn redraw(survey: &Survey) -> io::Result<()> {
+    let table = table::table(&survey.tasks, colours());
+    let mut frame = String::from("\x1b[H");
+    for line in table.lines().chain(notes(survey)) {
+        frame.push_str(line);
+        frame.push_str("\x1b[K\n");
+    }
+    frame.push_str("\x1b[J");
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(frame.as_bytes())?;
+    stdout.flush()
+}
+
+/// https://no-color.org
+fn colours() -> Colours {
+    let is_refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if io::stdout().is_terminal() && !is_refused {
+        Colours::Some
+    } else {
+        Colours::None
+    }
+}
