@@ -290,12 +290,16 @@ fn a_run_is_listed_beside_a_task(context: &Context) -> Result<()> {
         let mut line = String::new();
         BufReader::new(run.stdout.as_mut().context("stdout")?).read_line(&mut line)?;
         ensure!(line == "up\n", "{line:?}");
-        let objects = objects(&listed(context, &["--json"])?)?;
-        ensure!(objects.len() == 2, "{objects:?}");
+        // The command may speak before its start is done.
+        let all_run = || {
+            let objects = objects(&listed(context, &["--json"]).ok()?).ok()?;
+            let all = objects.iter().all(|object| object["state"] == "running");
+            (all && objects.len() == 2).then_some(objects)
+        };
+        let objects = until("both are running", all_run).await?;
         ensure!(find(&objects, &scope.unit)?["task"] == "case/g/t");
         let of_run = objects.iter().find(|object| object["task"] == "run/run/sh");
-        let of_run = of_run.with_context(|| format!("{objects:?}"))?;
-        ensure!(of_run["state"] == "running", "{of_run}");
+        ensure!(of_run.is_some(), "{objects:?}");
         kill(Pid::from_raw(run.id().cast_signed()), Signal::SIGINT)?;
         run.wait()?;
         alloc.stop().await?;

@@ -22,7 +22,7 @@ use table::Colours;
 #[command(after_help = "\
 The states:
   running   its processes are there
-  starting  its scope is there, its command not yet
+  starting  its scope is there, its start not done yet
   ended     with an exit code or by a signal, and Nomad has not collected that yet
   orphan    processes without a record, as of a start that nobody finished; `systemctl stop UNIT` ends them
   leftover  a scope or a record without a process and without an end, as after a SIGKILL to the supervisor; Nomad's
