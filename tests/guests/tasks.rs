@@ -223,8 +223,9 @@ impl Planted {
     }
 
     async fn is_up(&self) -> Result<()> {
-        let procs = self.dir().join("cgroup.procs");
-        let is_up = || fs::read_to_string(&procs).is_ok_and(|pids| !pids.is_empty());
+        // systemd-run is in the scope before it becomes the command.
+        let name = format!("/proc/{}/comm", self.scope.id());
+        let is_up = || fs::read_to_string(&name).is_ok_and(|name| name == "sleep\n");
         until("the planted scope is up", || is_up().then_some(())).await
     }
 
