@@ -305,6 +305,16 @@ fn standard_streams_are_those_of_a_task(context: &Context) -> Result<()> {
 fn a_killed_run_leaves_a_scope_that_systemctl_stops(context: &Context) -> Result<()> {
     let ground = Ground::survey()?;
     let mut child = started(context, "echo up; exec sleep 600")?;
+    // Until its record has a name, the task ends with whoever started it.
+    let has_record = |leak: &Leak| matches!(leak, Leak::File(path) if path.starts_with("/run/nomad-driver-exec2/records"));
+    let begun = Instant::now();
+    while !ground.left()?.iter().any(has_record) {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(60),
+            "it has no record"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
     child.kill()?;
     child.wait()?;
     let left = ground.left()?;

@@ -111,6 +111,8 @@ fn a_running_task_is_listed_with_what_it_uses_and_may_use(context: &Context) -> 
         ensure!(object["pid"] == scope.main()?, "{object}");
         ensure!(object["age_sec"].as_u64() < Some(60), "{object}");
         ensure!(object["cpu_usec"].as_u64() > Some(0), "{object}");
+        let owner = object["owner"].as_str().context("an owner")?;
+        ensure!(owner.starts_with("node ") && owner.len() == 41, "{object}");
         let description = scope.show(&["Description"])?;
         ensure!(object["description"] == description["Description"].as_str());
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -222,8 +224,8 @@ impl Planted {
 
     async fn is_up(&self) -> Result<()> {
         // systemd-run is in the scope before it becomes the command.
-        let line = format!("/proc/{}/cmdline", self.scope.id());
-        let is_up = || fs::read(&line).is_ok_and(|line| line.starts_with(b"sleep"));
+        let name = format!("/proc/{}/comm", self.scope.id());
+        let is_up = || fs::read_to_string(&name).is_ok_and(|name| name == "sleep\n");
         until("the planted scope is up", || is_up().then_some(())).await
     }
 
@@ -300,7 +302,8 @@ fn a_run_is_listed_beside_a_task(context: &Context) -> Result<()> {
         let objects = until("both are running", all_run).await?;
         ensure!(find(&objects, &scope.unit)?["task"] == "case/g/t");
         let of_run = objects.iter().find(|object| object["task"] == "run/run/sh");
-        ensure!(of_run.is_some(), "{objects:?}");
+        let of_run = of_run.with_context(|| format!("{objects:?}"))?;
+        ensure!(of_run["owner"] == "run", "{of_run}");
         kill(Pid::from_raw(run.id().cast_signed()), Signal::SIGINT)?;
         run.wait()?;
         alloc.stop().await?;
