@@ -36,7 +36,7 @@ pub const CASES: &[Case] = &[
 /// How often systemd is disturbed.
 const ROUNDS: u32 = 4;
 
-/// Prints a line every moment, and says goodbye.
+/// Writes a line every moment, and says goodbye.
 pub const COUNTER: &str =
     "trap 'exit 3' INT; echo up; while :; do date +%s%N >>local/ticks; sleep 0.05; done";
 
@@ -135,7 +135,7 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         let rounds = Cell::new(0);
         let work = async {
             for (job, expected) in [&ending, &stopped].into_iter().cycle() {
-                if rounds.get() >= ROUNDS {
+                if rounds.get() >= ROUNDS && done > 0 {
                     break;
                 }
                 match agent.run(job).await {
@@ -166,8 +166,8 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
                     .await?;
                 ensure!(status.success(), "{verb}: {status}");
                 rounds.set(rounds.get() + 1);
-                // Time for systemd to do something else.
-                tokio::time::sleep(Duration::from_millis(500)).await;
+                // Time for something else, and more of it each time: an emulated machine is slow.
+                tokio::time::sleep(Duration::from_millis(500) * rounds.get()).await;
             }
         };
         tokio::select! {
@@ -176,13 +176,13 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         }
         said("systemctl", &[verb])?;
         context.note(format!(
-            "{ROUNDS} times {verb}: {done} starts done, {} refused for now",
+            "{} times {verb}: {done} starts done, {} refused for now",
+            rounds.get(),
             refusals.len()
         ));
         for sentence in refusals.into_iter().flatten() {
             context.note(sentence);
         }
-        ensure!(done > 0, "no start went through");
 
         let more = || Descriptors::of(plugin).map(|now| now.beyond(&open));
         until("the plugin keeps nothing open", || {
@@ -458,6 +458,14 @@ impl Drop for Stopped {
     }
 }
 
+const TELLS_ITS_SIGNAL: &str =
+    "trap 'date +%s%N >local/signalled; exit 5' TERM; echo up; while :; do sleep 0.02; done";
+
+/// The time that a file tells, once it is there.
+fn nanos(file: &Path) -> Option<u64> {
+    fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
 /// The agent's service is stood in for by one that takes a while to stop, as an agent does that drains its node. The plugin
 /// is moved there. What systemd does at a shutdown is to stop both at once.
 fn a_shutdown_stops_the_agent_before_its_tasks(context: &Context) -> Result<()> {
@@ -483,21 +491,24 @@ fn a_shutdown_stops_the_agent_before_its_tasks(context: &Context) -> Result<()> 
         let agent = agent(context).await?;
         let ground = Ground::survey()?;
         let plugin = agent.plugin_pid().await.context("a plugin")?;
-        let procs = Path::new("/sys/fs/cgroup/system.slice").join(SERVICE).join("cgroup.procs");
-        fs::write(&procs, plugin.to_string())?;
-        let script = "trap 'date +%s%N >local/signalled; exit 5' TERM; echo up; while :; do sleep 0.02; done";
-        let task = up(&agent, &Job::shell(script)).await?;
-        let before = task.2.show(&["Before"])?;
-        ensure!(before["Before"].split(' ').any(|unit| unit == SERVICE), "{before:?}");
-        // Out of the service, which would take it along.
+        let service = Path::new("/sys/fs/cgroup/system.slice").join(SERVICE);
+        fs::write(service.join("cgroup.procs"), plugin.to_string())?;
+        let task = up(&agent, &Job::shell(TELLS_ITS_SIGNAL)).await?;
+        let (_, of, scope) = &task;
+        let shown = scope.show(&["Before"])?;
+        let mut before = shown["Before"].split(' ');
+        ensure!(before.any(|unit| unit == SERVICE), "{shown:?}");
+        // systemd would leave it behind in a cgroup that is nobody's.
         fs::write(own_cgroup()?.join("cgroup.procs"), plugin.to_string())?;
 
-        said("systemctl", &["stop", "--no-block", SERVICE, &task.2.unit])?;
-        let signalled = task.1.paths().local.join("signalled");
-        let read = |path: &Path| -> Option<u64> { fs::read_to_string(path).ok()?.trim().parse().ok() };
-        let signalled = until("the task is signalled", || read(&signalled)).await?;
-        let stopped = read(&stopped).context("the task was signalled before the agent had stopped")?;
-        ensure!(stopped <= signalled, "stopped at {stopped}, signalled at {signalled}");
+        said("systemctl", &["stop", "--no-block", SERVICE, &scope.unit])?;
+        let signalled = of.paths().local.join("signalled");
+        let signalled = until("the task is signalled", || nanos(&signalled)).await?;
+        let stopped = nanos(&stopped).context("the task was signalled before the agent stopped")?;
+        ensure!(
+            stopped <= signalled,
+            "the agent stopped at {stopped}, the task was signalled at {signalled}"
+        );
         ended(&task, (5, 0), &ground).await?;
         agent.finish().await
     });

@@ -2,7 +2,7 @@
 //! told as it was, and it all works again afterwards.
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{Seek as _, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,11 @@ fn a_full_run_refuses_starts_and_loses_no_end(context: &Context) -> Result<()> {
         stopped.1.stop().await?;
         ended(&stopped, (130, 2), &ground).await?;
 
+        // Enough for the record, but not for what systemd writes.
+        full.leave_a_page()?;
+        let told = start_or_passing_refusal(&agent, &ground).await?;
+        context.note(format!("a page of /run is free: {told:?}"));
+
         drop(full);
         let told = start_or_passing_refusal(&agent, &ground).await?;
         ensure!(told.is_none(), "{told:?}");
@@ -94,10 +99,23 @@ impl FullRun {
         };
         resize_run(used_bytes + Self::ROOM_BYTES)?;
         let file = full.file.insert(tempfile::tempfile_in("/run")?);
-        let page = [0; 4096];
-        while file.write_all(&page).is_ok() {}
+        fill(file);
         Ok(full)
     }
+}
+
+impl FullRun {
+    fn leave_a_page(&self) -> Result<()> {
+        let mut file = self.file.as_ref().context("it is free")?;
+        file.seek(SeekFrom::End(0))?;
+        fill(&mut file);
+        Ok(file.set_len(file.metadata()?.len() - 4096)?)
+    }
+}
+
+fn fill(file: &mut impl Write) {
+    let page = [0; 4096];
+    while file.write_all(&page).is_ok() {}
 }
 
 impl Drop for FullRun {
