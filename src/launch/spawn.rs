@@ -76,12 +76,23 @@ pub fn spawn(
         failure_tag: EXEC_FAILED,
     };
     let (pid, pidfd) =
-        with_signals_blocked(|| sys::spawn_in_pid_namespace(&program).at(Step::Spawn))?;
+        with_signals_blocked(|| sys::spawn_in_pid_namespace(&program).map_err(not_spawned))?;
     Ok(Parked {
         pidfd,
         pid,
         control: ours,
     })
+}
+
+fn not_spawned(error: std::io::Error) -> Failure {
+    let failure = Failure::new(Step::Spawn, error.raw_os_error().unwrap_or(0));
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => failure.note(
+            "there may be no more processes: TasksMax= of the agent's unit, or kernel.pid_max of the host",
+        ),
+        Some(_) => failure,
+        None => failure.note(error.to_string()),
+    }
 }
 
 /// The order in memory that nobody can change any more.

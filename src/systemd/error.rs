@@ -20,6 +20,8 @@ pub enum SystemdError {
         "unit {unit} already exists and belongs to {owner}: end that task first (systemctl stop {unit})"
     )]
     Taken { unit: UnitName, owner: String },
+    #[error("systemd could not write its file for {0} below /run; is it full (df /run)?")]
+    NoFile(UnitName),
     #[error("systemd refused {call} for {unit}: {reason}")]
     Refused {
         call: &'static str,
@@ -46,6 +48,7 @@ impl SystemdError {
             | Self::TimedOut { .. }
             | Self::Busy { .. }
             | Self::JobFailed { .. }
+            | Self::NoFile(_)
             | Self::Exists(_) => true,
             Self::Refused { .. } | Self::Taken { .. } => false,
         }

@@ -119,6 +119,10 @@ impl Systemd {
                 {
                     return Err(SystemdError::Exists(unit.clone()));
                 }
+                // It looks for what it could not write.
+                Err(SystemdError::Refused { reason, .. }) if reason.contains("not found") => {
+                    return Err(SystemdError::NoFile(unit.clone()));
+                }
                 Err(SystemdError::Refused { call, unit, reason }) => {
                     match scope::optional_in(&reason, &unknown) {
                         Some(property) => {

@@ -22,7 +22,7 @@ pub enum DirError {
         alloc_dir: PathBuf,
     },
     #[error(
-        "{variable} = {value:?} does not exist; a job must not set it, and after a reboot of the host Nomad does not mount an allocation's directories again: `nomad alloc stop` makes it place a new one"
+        "the allocation's directories are not mounted: {variable} = {value:?} does not exist; after a reboot of the host Nomad does not mount them again, and `nomad alloc stop` makes it place a new allocation (a job must not set the variable itself)"
     )]
     Gone {
         variable: &'static str,

@@ -57,6 +57,9 @@ impl TaskTable {
                 Ok(())
             }
             Err(error) => {
+                let unit = UnitName::of_task(request.id.as_str());
+                // No warning: Nomad offers tasks that have ended as well, and counts nothing on the answer.
+                of_task!(info, request.names, unit, "task not recovered: {error}");
                 self.remove(&request.id);
                 Err(error)
             }

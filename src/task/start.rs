@@ -172,6 +172,18 @@ impl TaskTable {
                 }
             }
             let started = match started {
+                // A call that was lost on its way, as to a systemd that executes itself anew; it is of no effect any more.
+                Err(error)
+                    if error.is_unanswered()
+                        && self
+                            .shared
+                            .systemd
+                            .knows(&plan.unit)
+                            .await
+                            .is_ok_and(|it| !it) =>
+                {
+                    self.shared.systemd.start(&scope).await
+                }
                 // Not before the helper has opened the log pipes: their reader leaves with the last writer.
                 Err(SystemdError::Exists(_)) => self.replace(request, &scope, &owner).await,
                 started => started,

@@ -73,7 +73,10 @@ fn a_real_agent_tells_why_a_task_ended(context: &Context) -> Result<()> {
                 ["Driver: exec2-t-", "was killed from outside of Nomad"],
             ),
         ] {
-            let ids = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+            // An unchanged job that has failed is not run again.
+            let text = Job::command("sleep", &["600"]).text();
+            let text = text.replace("job \"case\"", &format!("job \"{}\"", how[0]));
+            let ids = agent.run(&text).await?;
             let id = ids.first().context("no allocation")?;
             agent.wait_for(id, &["running"]).await?;
             let unit = scope_of(id, "t")?.unit;

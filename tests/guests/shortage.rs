@@ -143,6 +143,10 @@ fn no_free_pid_refuses_starts_for_now(context: &Context) -> Result<()> {
             let told = start_or_passing_refusal(&agent, &ground).await?;
             ensure!(free > 0 || told.is_some(), "it started without a pid");
             let told = told.unwrap_or_else(|| "started".into());
+            ensure!(
+                free > 0 || told.contains("TasksMax= of the agent's unit"),
+                "{told}"
+            );
             context.note(format!("{free} pids are free: {told}"));
         }
         ensure!(
