@@ -70,7 +70,9 @@ fn exists(name: &str) -> bool {
         let text = fs::read_to_string(file).unwrap();
         if module.starts_with("guests::") {
             let packed: String = text.split_whitespace().collect();
-            return packed.contains(&format!(",{function})"))
+            // Its name ends the row, or comes before how it is run.
+            let is_listed = [",", ")"].map(|end| format!(",{function}{end}"));
+            return is_listed.iter().any(|row| packed.contains(row))
                 && packed.contains(&format!("fn{function}("));
         }
         ["#[test]", "#[tokio::test"].iter().any(|mark| {
