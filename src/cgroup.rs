@@ -90,13 +90,12 @@ impl Cgroup {
         }
     }
 
-    /// Whether its processes stand still, by its own freezer or an ancestor's.
+    /// Whether it is to stand still, whatever its ancestors are.
     pub fn is_frozen(&self) -> bool {
-        let events = self.read("cgroup.events").unwrap_or_default();
-        field(&events, "frozen") == Some(1)
+        self.number("cgroup.freeze") == Some(1)
     }
 
-    /// Lets its processes run again, unless an ancestor is frozen, too.
+    /// Lets its processes run again, unless an ancestor is frozen.
     pub fn thaw(&self) -> io::Result<()> {
         fs::write(self.path.join("cgroup.freeze"), "0")
     }

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::time::timeout;
 use tracing::warn;
 
 use super::log::of_task;
@@ -72,6 +73,8 @@ const AFTER_KILL: Duration = Duration::from_secs(2);
 /// How long the scope may take to empty after that; then the call fails and Nomad tries again.
 const AFTER_KILL_ALL: Duration = Duration::from_secs(10);
 
+/// How long systemd may take to thaw a scope.
+const THAW_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a task's processes are listed for one signal.
 const SIGNAL_ROUNDS: u32 = 100;
 
@@ -79,11 +82,11 @@ const SIGNAL_ROUNDS: u32 = 100;
 const DESTROY_AGAIN: Duration = Duration::from_secs(10);
 
 impl TaskTable {
-    /// Sends `signal`, and kills the task if it has not ended after `timeout`. Returns when its scope is empty.
+    /// Sends `signal`, and kills the task if it has not ended after `patience`. Returns when its scope is empty.
     pub(super) async fn stop_task(
         &self,
         id: &TaskId,
-        timeout: Duration,
+        patience: Duration,
         signal: &str,
     ) -> Result<(), DriverError> {
         let task = self.find(id).ok_or(DriverError::UnknownTask)?;
@@ -104,7 +107,7 @@ impl TaskTable {
             task.names,
             task.unit,
             signal = number,
-            kill_timeout_s = timeout.as_secs_f64(),
+            kill_timeout_s = patience.as_secs_f64(),
             "task is being stopped"
         );
         breakpoint::at(StopStep::Thaw);
@@ -115,11 +118,11 @@ impl TaskTable {
             task.signal(signal::CONT)?;
         }
         breakpoint::at(StopStep::Grace);
-        if !task.ends_within(timeout).await {
+        if !task.ends_within(patience).await {
             let message = format!(
                 "{} has not ended within {} s of signal {number}, and is killed",
                 task.unit,
-                timeout.as_secs_f64()
+                patience.as_secs_f64()
             );
             self.tell(&task, message);
             task.kill().await?;
@@ -148,17 +151,21 @@ impl TaskTable {
         if !task.cgroup.is_frozen() {
             return;
         }
-        // systemd first: it keeps in mind what it has frozen.
-        if let Err(error) = self.shared.systemd.thaw(&task.unit).await {
-            of_task!(
-                warn,
-                task.names,
-                task.unit,
-                "a frozen scope is thawed without systemd: {error}"
-            );
-            if let Err(error) = task.cgroup.thaw() {
-                of_task!(warn, task.names, task.unit, "cgroup.freeze: {error}");
-            }
+        // systemd first: it keeps in mind what it has frozen. It answers when the scope runs again, which an ancestor may forbid.
+        let thawed = timeout(THAW_PATIENCE, self.shared.systemd.thaw(&task.unit)).await;
+        let reason = match thawed {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", THAW_PATIENCE.as_secs()),
+        };
+        of_task!(
+            warn,
+            task.names,
+            task.unit,
+            "a frozen scope is thawed without systemd: {reason}"
+        );
+        if let Err(error) = task.cgroup.thaw() {
+            of_task!(warn, task.names, task.unit, "cgroup.freeze: {error}");
         }
     }
 
@@ -344,7 +351,7 @@ pub(super) async fn empty(cgroup: &Cgroup, name: impl fmt::Display) -> Result<()
         }
         Ok(())
     };
-    tokio::time::timeout(AFTER_KILL_ALL, emptied)
+    timeout(AFTER_KILL_ALL, emptied)
         .await
         .unwrap_or_else(|_| {
             Err(DriverError::Permanent(format!(
