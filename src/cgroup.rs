@@ -6,8 +6,28 @@ use std::path::{Path, PathBuf};
 
 /// Where systemd mounts the unified hierarchy.
 pub const ROOT: &str = "/sys/fs/cgroup";
-/// systemd keeps marks of its own there, such as trusted.invocation_id.
-const OWNER: &str = "trusted.nomad-driver-exec2.owner";
+
+/// What is kept of a task on its scope, beside systemd's own trusted.invocation_id: it goes with the scope, and a later
+/// plugin finds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// Whose task it is.
+    Owner,
+    /// Nomad has asked for its end.
+    Stopping,
+    /// How many kills of the OOM killer an event has told of.
+    OomKillsTold,
+}
+
+impl Mark {
+    fn name(self) -> &'static str {
+        match self {
+            Mark::Owner => "trusted.nomad-driver-exec2.owner",
+            Mark::Stopping => "trusted.nomad-driver-exec2.stopping",
+            Mark::OomKillsTold => "trusted.nomad-driver-exec2.oom-kills-told",
+        }
+    }
+}
 
 /// One cgroup's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -130,7 +150,7 @@ impl Cgroup {
         Memory {
             usage_bytes: self.number("memory.current"),
             swap_bytes: self.number("memory.swap.current"),
-            peak_bytes: self.number("memory.peak"),
+            peak_bytes: self.memory_peak_bytes(),
             anon_bytes: field(&stat, "anon"),
             file_bytes: field(&stat, "file"),
             kernel_bytes: field(&stat, "kernel"),
@@ -140,6 +160,11 @@ impl Cgroup {
     /// Processes in it and below it that the OOM killer ended; `None` without the controller, and once the cgroup is gone.
     pub fn oom_kills(&self) -> Option<u64> {
         field(&self.read("memory.events").ok()?, "oom_kill")
+    }
+
+    /// Highest memory use (memory.peak, Linux 5.19).
+    pub fn memory_peak_bytes(&self) -> Option<u64> {
+        self.number("memory.peak")
     }
 
     /// `None` once the cgroup is gone.
@@ -173,22 +198,18 @@ impl Cgroup {
         )
     }
 
-    /// Whose scope it is, as `claim` wrote it.
-    pub fn owner(&self) -> Option<String> {
-        let mut owner = [0; 256];
-        let length = rustix::fs::getxattr(&self.path, OWNER, &mut owner).ok()?;
-        Some(String::from_utf8_lossy(&owner[..length]).into_owned())
+    /// What `set_mark` wrote, if it did.
+    pub fn mark(&self, mark: Mark) -> Option<String> {
+        let mut value = [0; 256];
+        let length = rustix::fs::getxattr(&self.path, mark.name(), &mut value).ok()?;
+        Some(String::from_utf8_lossy(&value[..length]).into_owned())
     }
 
-    /// Marks a scope as somebody's, for as long as it exists. Only root can read or write the mark.
-    pub fn claim(&self, owner: &str) -> io::Result<()> {
+    /// Marks a scope for as long as it exists. Only root can read or write a mark.
+    pub fn set_mark(&self, mark: Mark, value: &str) -> io::Result<()> {
         use rustix::fs::{XattrFlags, setxattr};
-        Ok(setxattr(
-            &self.path,
-            OWNER,
-            owner.as_bytes(),
-            XattrFlags::empty(),
-        )?)
+        let flags = XattrFlags::empty();
+        Ok(setxattr(&self.path, mark.name(), value.as_bytes(), flags)?)
     }
 
     /// The CPUs asked for, as the kernel lists them; empty if its parent's, `None` without such a file.

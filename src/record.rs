@@ -1,5 +1,5 @@
 //! The exit record: how a task ended, kept in a root-only file under /run that any later plugin can read. The one frozen
-//! contract between supervisor and plugin; a release that changes it changes `MAGIC`.
+//! contract between supervisor and plugin; a release that changes what another one wrote changes `MAGIC`.
 //!
 //! The file is one page, allocated by the plugin before the helper starts and mapped by the supervisor before it forks.
 //! The record is written by plain stores, so neither a full disk, nor an rlimit, nor memory.max can suppress it.

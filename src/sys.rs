@@ -258,8 +258,8 @@ pub fn block_signal(signal: i32) -> io::Result<()> {
     }
 }
 
-/// Takes a blocked signal that waits, and tells whether a process outside of this PID namespace sent it: such a sender has
-/// no pid in it.
+/// Takes a blocked signal that waits, and tells whether a process outside of this PID namespace sent it with kill(2): such a
+/// sender has no pid in it. Who sends with rt_sigqueueinfo(2) writes what they like.
 pub fn take_signal_of_outside(signal: i32) -> bool {
     let set = signal_set(signal);
     let now = libc::timespec {
@@ -270,6 +270,7 @@ pub fn take_signal_of_outside(signal: i32) -> bool {
     unsafe {
         let mut info: libc::siginfo_t = std::mem::zeroed();
         libc::sigtimedwait(&raw const set, &raw mut info, &raw const now) == signal
+            && info.si_code == libc::SI_USER
             && info.si_pid() == 0
     }
 }

@@ -1,5 +1,6 @@
 //! The parent of a task, PID 1 of its namespace: reports whether the command was executed, reaps orphans, and writes the exit
-//! record. It keeps what the task's rules need alive, holds no capability, and outlives the plugin.
+//! record. It keeps what the task's rules need alive, holds no capability once the start is
+//! committed, and outlives the plugin.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{SystemTime, UNIX_EPOCH};

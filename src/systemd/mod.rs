@@ -8,7 +8,7 @@ mod units;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, Semaphore, broadcast};
 use tokio::time::timeout;
@@ -24,6 +24,8 @@ pub use scope::Scope;
 
 /// How long one call, or one job, may take. PID 1 stalls for seconds in a daemon-reload with thousands of units.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a bus that could not be reached counts as such.
+const AGAIN: Duration = Duration::from_millis(200);
 /// Calls under way at once: dbus-daemon gives a connection about 128 pending replies, and PID 1 works one by one anyway.
 const CALLS_AT_ONCE: usize = 16;
 
@@ -37,11 +39,18 @@ struct JobRemoved {
 /// The connection to systemd.
 #[derive(Debug)]
 pub struct Systemd {
-    bus: tokio::sync::Mutex<Option<Arc<Bus>>>,
+    bus: tokio::sync::Mutex<Slot>,
     calls: Semaphore,
     /// Properties that this systemd does not know.
     unknown: Mutex<BTreeSet<&'static str>>,
     lost: Arc<Notify>,
+}
+
+/// The connection, or when and why there was none to be had.
+#[derive(Debug, Default)]
+struct Slot {
+    bus: Option<Arc<Bus>>,
+    failed: Option<(Instant, zbus::Error)>,
 }
 
 #[derive(Debug)]
@@ -69,7 +78,7 @@ impl Systemd {
     /// Connects at the first call.
     pub fn new() -> Self {
         Self {
-            bus: tokio::sync::Mutex::new(None),
+            bus: tokio::sync::Mutex::default(),
             calls: Semaphore::new(CALLS_AT_ONCE),
             unknown: Mutex::default(),
             lost: Arc::default(),
@@ -221,14 +230,23 @@ impl Systemd {
 
     async fn bus(&self) -> Result<Arc<Bus>, SystemdError> {
         let mut slot = self.bus.lock().await;
-        if let Some(bus) = slot.as_ref().filter(|bus| !bus.reader.is_finished()) {
+        if let Some(bus) = slot.bus.as_ref().filter(|bus| !bus.reader.is_finished()) {
             return Ok(bus.clone());
         }
+        // Whoever waited for the turn while another one found the bus hanging does not wait as long once more.
+        if let Some((when, error)) = &slot.failed
+            && when.elapsed() < AGAIN
+        {
+            return Err(SystemdError::NoBus(error.clone()));
+        }
         let connected = timeout(PATIENCE, Bus::connect(self.lost.clone())).await;
-        let bus = connected
-            .unwrap_or(Err(zbus::Error::InvalidReply))
-            .map_err(SystemdError::NoBus)?;
-        Ok(slot.insert(Arc::new(bus)).clone())
+        match connected.unwrap_or(Err(zbus::Error::InvalidReply)) {
+            Ok(bus) => Ok(slot.bus.insert(Arc::new(bus)).clone()),
+            Err(error) => {
+                slot.failed = Some((Instant::now(), error.clone()));
+                Err(SystemdError::NoBus(error))
+            }
+        }
     }
 
     /// Makes a call with a time limit. A connection that failed under it is not used again.
@@ -264,11 +282,9 @@ impl Systemd {
 
     async fn forget(&self, bus: &Arc<Bus>) {
         let mut slot = self.bus.lock().await;
-        if slot
-            .as_ref()
-            .is_some_and(|current| Arc::ptr_eq(current, bus))
-        {
-            *slot = None;
+        let current = slot.bus.as_ref();
+        if current.is_some_and(|current| Arc::ptr_eq(current, bus)) {
+            slot.bus = None;
         }
     }
 

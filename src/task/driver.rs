@@ -78,7 +78,7 @@ impl Tasks for TaskTable {
     }
 
     async fn signal(&self, id: &TaskId, signal: &str) -> Result<(), DriverError> {
-        self.signal_task(id, signal)
+        self.signal_task(id, signal).await
     }
 
     fn stats(&self, id: &TaskId, interval: Duration) -> Flow<Usage> {

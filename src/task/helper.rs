@@ -13,7 +13,7 @@ use super::table::{Task, send};
 use super::types::{DriverError, TaskRequest};
 use super::wait;
 use crate::launch::Parked;
-use crate::launch::report::{self, Message};
+use crate::launch::report::{self, Failure, Message};
 use crate::plan::unit::UnitName;
 use crate::plan::{Plan, signal};
 use crate::sys;
@@ -21,6 +21,8 @@ use crate::systemd::Scope;
 
 /// How long it may take for one of its halves: paths of a hung NFS server stall it, and must stall nothing else.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long one that nobody waits for may take to end by itself.
+const BY_ITSELF: Duration = Duration::from_millis(500);
 /// How long a killed one may take to end before the start goes on without it; it is reaped whenever it does.
 const AFTER_KILL: Duration = Duration::from_secs(2);
 
@@ -73,7 +75,15 @@ impl Helper {
 
     /// Ends it and reaps it. All that it made, namespaces and mounts, goes with it.
     pub async fn kill(self, request: &TaskRequest, unit: &UnitName) {
-        if let Err(error) = send(Some(&self.parked.pidfd), signal::KILL) {
+        let Parked { pidfd, control, .. } = self.parked;
+        // It ends by itself when nobody is there, and gives back what it took of Nomad's.
+        drop(control);
+        let killer = pidfd.try_clone();
+        let mut reaped = tokio::spawn(wait::reaped(pidfd));
+        if timeout(BY_ITSELF, &mut reaped).await.is_ok() {
+            return;
+        }
+        if let Err(error) = killer.and_then(|pidfd| send(Some(&pidfd), signal::KILL)) {
             of_task!(
                 warn,
                 request.names,
@@ -81,8 +91,6 @@ impl Helper {
                 "a helper cannot be killed: {error}"
             );
         }
-        let pidfd = self.parked.pidfd;
-        let reaped = tokio::spawn(wait::reaped(pidfd));
         if timeout(AFTER_KILL, reaped).await.is_err() {
             of_task!(
                 warn,
@@ -99,5 +107,21 @@ impl Helper {
             supervisor_pidfd: Some(self.parked.pidfd),
             ..task
         }
+    }
+}
+
+/// Why the helper failed, as Nomad is told it. What the host lacks for a moment is worth another try.
+pub(super) fn failed(failure: &Failure) -> DriverError {
+    const PASSING: [i32; 5] = [
+        libc::EAGAIN,
+        libc::EMFILE,
+        libc::ENFILE,
+        libc::ENOMEM,
+        libc::ENOSPC,
+    ];
+    if PASSING.contains(&failure.errno) {
+        DriverError::Transient(failure.to_string())
+    } else {
+        DriverError::Permanent(failure.to_string())
     }
 }

@@ -11,10 +11,13 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::task::spawn_blocking;
 
 use super::table::{Task, TaskTable, lock};
+use crate::cgroup::Mark;
 use crate::text::UnitText;
 
 /// A task whose workers are killed again and again is told of once in so long.
 const BETWEEN_EVENTS: Duration = Duration::from_secs(10);
+/// After a look that found nothing new.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
 /// An end so soon after a kill is that kill's doing, though it hit another process of the task.
 const SOON: Duration = Duration::from_secs(5);
 /// Longest record of the kernel's log.
@@ -119,13 +122,13 @@ pub(super) fn is_to_blame(
     if main_was_killed {
         return untold || victims.iter().any(|victim| victim.pid == main_pid);
     }
-    let is_soon = |victim: &Victim| ended_at.saturating_sub(victim.at) <= SOON;
+    let is_soon = |victim: &Victim| ended_at.abs_diff(victim.at) <= SOON;
     victims.last().is_some_and(is_soon)
 }
 
-/// Time since boot by the clock of the kernel's log.
+/// Time since boot by a clock that runs as that of the kernel's log does: NTP adjusts neither.
 pub(super) fn now() -> Duration {
-    let now = clock_gettime(ClockId::Monotonic);
+    let now = clock_gettime(ClockId::MonotonicRaw);
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32)
 }
 
@@ -199,19 +202,27 @@ impl TaskTable {
         let tasks = self.clone();
         tokio::spawn(async move {
             let _turn = turn;
+            let mut is_quiet = false;
             while task.ended().is_none() {
-                let peak = task.cgroup.memory().peak_bytes.unwrap_or(0);
-                let max = task.cgroup.memory_max_bytes();
-                // Without its files the scope is gone, and whoever watches the task tells.
-                let (Some(kills), Some(max)) = (task.cgroup.oom_kills(), max) else {
+                // Reclaim at the limit raises events as well, a hundred a second: one small file is read for them, once a second.
+                // Without it the scope is gone, and whoever watches the task tells.
+                let Some(kills) = task.cgroup.oom_kills() else {
                     return;
                 };
                 if kills <= *lock(&task.oom_kills_told) {
-                    return;
+                    if is_quiet {
+                        return;
+                    }
+                    is_quiet = true;
+                    tokio::time::sleep(BETWEEN_LOOKS).await;
+                    continue;
                 }
-                let max = max.unwrap_or(0);
+                let peak = task.cgroup.memory_peak_bytes().unwrap_or(0);
+                let Some(max) = task.cgroup.memory_max_bytes() else {
+                    return;
+                };
                 let victims = victims(task.cgroup.path_in_hierarchy()).await;
-                tasks.tell_kills(&task, kills, &victims, max, peak);
+                tasks.tell_kills(&task, kills, &victims, max.unwrap_or(0), peak);
                 // What happened meanwhile is seen by the next look.
                 tokio::time::sleep(BETWEEN_EVENTS).await;
             }
@@ -236,6 +247,8 @@ impl TaskTable {
         if count == 0 {
             return;
         }
+        // At the end of a task its scope may be gone, and needs no mark.
+        let _ = task.cgroup.set_mark(Mark::OomKillsTold, &kills.to_string());
         let kills = Kills {
             unit: task.unit.as_str(),
             cgroup: &task.cgroup.path_in_hierarchy(),

@@ -9,6 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use tokio::sync::{Semaphore, watch};
 
 use super::log::of_task;
+use super::start::ERROR_BYTES;
 use super::state::{DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
 use super::table::{Task, TaskTable};
@@ -16,10 +17,11 @@ use super::takeover::Theirs;
 use super::types::{DriverError, Saved, TaskRequest};
 use super::wait::Traces;
 use super::{cpus, wait};
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Mark};
 use crate::plan::unit::UnitName;
 use crate::record::Record;
 use crate::text::UnitText;
+use crate::text::one_line;
 
 impl TaskTable {
     /// Takes over a task of an earlier plugin process; one that we have already is fine as it is.
@@ -59,7 +61,13 @@ impl TaskTable {
             Err(error) => {
                 let unit = UnitName::of_task(request.id.as_str());
                 // No warning: Nomad offers tasks that have ended as well, and counts nothing on the answer.
-                of_task!(info, request.names, unit, "task not recovered: {error}");
+                of_task!(
+                    info,
+                    request.names,
+                    unit,
+                    "task not recovered: {}",
+                    one_line(&error.to_string(), ERROR_BYTES)
+                );
                 self.remove(&request.id);
                 Err(error)
             }
@@ -94,20 +102,22 @@ fn revive(
         return Err(gone("another unit has its name by now"));
     }
     let supervisor_pidfd = open(state.supervisor);
+    let told = cgroup.mark(Mark::OomKillsTold);
+    let told = told.and_then(|told| told.parse().ok());
     let task = Task {
         id: request.id.clone(),
         names: request.names.clone(),
         cpus: Mutex::new(cpus::asked(&cgroup)),
-        cgroup,
         started_at: UNIX_EPOCH + Duration::from_nanos(state.started_unix_nanos),
         main: state.main,
         main_pidfd: open(state.main),
         supervisor_pidfd,
-        is_stopping: AtomicBool::new(false),
+        is_stopping: AtomicBool::new(cgroup.mark(Mark::Stopping).is_some()),
         is_killed: AtomicBool::new(false),
-        oom_kills_told: Mutex::new(0),
+        oom_kills_told: Mutex::new(told.unwrap_or(0)),
         oom_turn: Arc::new(Semaphore::new(1)),
         exit: watch::Sender::new(None),
+        cgroup,
         unit,
     };
     if task.supervisor_pidfd.is_some() {

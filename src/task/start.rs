@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::cpus;
 use super::dir::{self, Found};
 use super::events::Phases;
-use super::helper::Helper;
+use super::helper::{Helper, failed};
 use super::log::of_task;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
@@ -22,7 +22,7 @@ use super::table::{Task, TaskTable, create_record, keep_record, lock, record_pat
 use super::takeover;
 use super::types::{DriverError, Saved, TaskRequest};
 use crate::breakpoint;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Mark};
 use crate::host;
 use crate::launch;
 use crate::launch::report::{self, Failure, Message};
@@ -31,12 +31,14 @@ use crate::plan::steps::{Stdio, Step};
 use crate::plan::unit::UnitName;
 use crate::plan::{Facts, Plan};
 use crate::systemd::{Scope, SystemdError};
-use crate::text::UnitText;
+use crate::text::{UnitText, one_line};
 use crate::users::{self, Account, UserError};
 
 /// How often, and after which pause, the helper's cgroup is looked at where systemd's answer was lost.
 const LOST_ANSWER_PAUSES: u32 = 100;
 const LOST_ANSWER_PAUSE: Duration = Duration::from_millis(20);
+/// Of an error in the log.
+pub(super) const ERROR_BYTES: usize = 1_000;
 /// How long a user or a directory may take to be looked up.
 const LOOK_UP_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -73,12 +75,22 @@ impl TaskTable {
                 })
             }
             Err(error) => {
-                of_task!(
-                    warn,
-                    names,
-                    UnitName::of_task(id.as_str()),
-                    "task not started: {error}"
-                );
+                let unit = UnitName::of_task(id.as_str());
+                // The paths in it are a job's.
+                let sentence = one_line(&error.to_string(), ERROR_BYTES);
+                of_task!(warn, names, unit, "task not started: {sentence}");
+                // An earlier start of this id may still be there, and Nomad may never ask about it again. What belongs to another
+                // owner is not ours to clear.
+                if self.expect_own(&unit).is_ok()
+                    && let Err(left) = self.clear(&unit).await
+                {
+                    of_task!(
+                        warn,
+                        names,
+                        unit,
+                        "a failed start leaves its scope behind: {left}"
+                    );
+                }
                 self.remove(&id);
                 Err(error)
             }
@@ -189,7 +201,7 @@ impl TaskTable {
                 started => started,
             };
             let cgroup = self.entered(&helper, plan, started).await?;
-            if let Err(error) = cgroup.claim(&owner) {
+            if let Err(error) = cgroup.set_mark(Mark::Owner, &owner) {
                 of_task!(
                     warn,
                     request.names,
@@ -231,16 +243,6 @@ impl TaskTable {
             }),
             Err(error) => {
                 helper.kill(request, &plan.unit).await;
-                // What kept the name from us is not ours to clear.
-                let is_own = self.expect_own(&plan.unit).is_ok();
-                if is_own && let Err(left) = self.clear(&plan.unit).await {
-                    of_task!(
-                        warn,
-                        request.names,
-                        plan.unit,
-                        "a failed start leaves its scope behind: {left}"
-                    );
-                }
                 Err(error)
             }
         }
@@ -275,7 +277,7 @@ impl TaskTable {
         owner: &str,
     ) -> Result<(), SystemdError> {
         let cgroups = scopes(scope.name);
-        let others = cgroups.iter().filter_map(Cgroup::owner);
+        let others = cgroups.iter().filter_map(|cgroup| cgroup.mark(Mark::Owner));
         if let Some(other) = others.into_iter().find(|other| other != owner) {
             return Err(SystemdError::Taken {
                 unit: scope.name.clone(),
@@ -367,7 +369,7 @@ fn assemble(
     let supervisor = Process::of_pid(helper.parked.pid.unsigned_abs()).ok_or_else(|| {
         DriverError::Permanent(format!("the supervisor of {} is not in /proc", plan.unit))
     })?;
-    // A command that ended at once has left no pid; its record has the result.
+    // Not yet reaped, unless its whole namespace was killed.
     let main_process = Process::of_pidfd(main.as_fd());
     let main_process = main_process.unwrap_or(Process {
         pid: 0,
@@ -403,22 +405,6 @@ fn assemble(
         exit: watch::Sender::new(None),
     };
     Ok((task, state))
-}
-
-/// Why the helper failed, as Nomad is told it. What the host lacks for a moment is worth another try.
-fn failed(failure: &Failure) -> DriverError {
-    const PASSING: [i32; 5] = [
-        libc::EAGAIN,
-        libc::EMFILE,
-        libc::ENFILE,
-        libc::ENOMEM,
-        libc::ENOSPC,
-    ];
-    if PASSING.contains(&failure.errno) {
-        DriverError::Transient(failure.to_string())
-    } else {
-        DriverError::Permanent(failure.to_string())
-    }
 }
 
 /// A failure of systemd's as Nomad is told it: the restart policy applies to what passes.

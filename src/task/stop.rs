@@ -4,10 +4,12 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::warn;
 
@@ -16,7 +18,7 @@ use super::state::Process;
 use super::table::{Task, TaskTable, lock, record_path, remove_record, send};
 use super::types::{Destroy, DriverError, TaskId};
 use crate::breakpoint;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Mark};
 use crate::plan::signal;
 use crate::plan::unit::{RESERVE_SLICE, RUN, SHARE_SLICE, SLICE, UnitName};
 use crate::text::UnitText;
@@ -75,8 +77,8 @@ const AFTER_KILL_ALL: Duration = Duration::from_secs(10);
 
 /// How long systemd may take to thaw a scope.
 const THAW_PATIENCE: Duration = Duration::from_secs(2);
-/// How often a task's processes are listed for one signal.
-const SIGNAL_ROUNDS: u32 = 100;
+/// How long the processes of a task that keeps forking are signalled.
+const SIGNAL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Before a destroy that failed is tried again.
 const DESTROY_AGAIN: Duration = Duration::from_secs(10);
@@ -101,7 +103,7 @@ impl TaskTable {
                 signal::DEFAULT_KILL
             }),
         };
-        task.is_stopping.store(true, Ordering::Relaxed);
+        task.mark_stopping();
         of_task!(
             info,
             task.names,
@@ -113,7 +115,7 @@ impl TaskTable {
         breakpoint::at(StopStep::Thaw);
         self.thaw(&task).await;
         breakpoint::at(StopStep::Signal);
-        self.signal_now(&task, number)?;
+        self.signal_now(&task, number).await?;
         if task.main.is_stopped() {
             task.signal(signal::CONT)?;
         }
@@ -131,16 +133,18 @@ impl TaskTable {
     }
 
     /// Sends a signal, to whom the operator wants.
-    pub(super) fn signal_task(&self, id: &TaskId, signal: &str) -> Result<(), DriverError> {
+    pub(super) async fn signal_task(&self, id: &TaskId, signal: &str) -> Result<(), DriverError> {
         let number =
             signal::parse(signal).map_err(|error| DriverError::Permanent(error.to_string()))?;
         let task = self.find(id).ok_or(DriverError::UnknownTask)?;
-        self.signal_now(&task, number)
+        self.signal_now(&task, number).await
     }
 
-    fn signal_now(&self, task: &Task, number: i32) -> Result<(), DriverError> {
+    async fn signal_now(&self, task: &Arc<Task>, number: i32) -> Result<(), DriverError> {
         if self.settings().config.signal_all {
-            task.signal_all(number);
+            let all = task.clone();
+            // There may be thousands.
+            let _ = spawn_blocking(move || all.signal_all(number)).await;
         }
         // Alone, or last: whatever it starts in answer is not signalled.
         task.signal(number)
@@ -206,7 +210,7 @@ impl TaskTable {
         let unit = match task {
             Some(task) => {
                 if task.ended().is_none() {
-                    task.is_stopping.store(true, Ordering::Relaxed);
+                    task.mark_stopping();
                     self.thaw(task).await;
                     task.kill().await?;
                 }
@@ -226,7 +230,10 @@ impl TaskTable {
     /// By its name alone, a scope could be another agent's, or of `run`.
     pub(super) fn expect_own(&self, unit: &UnitName) -> Result<(), DriverError> {
         let own = lock(&self.shared.owner).clone();
-        let Some(other) = scopes(unit).into_iter().find_map(|scope| scope.owner()) else {
+        let Some(other) = scopes(unit)
+            .into_iter()
+            .find_map(|scope| scope.mark(Mark::Owner))
+        else {
             return Ok(());
         };
         let is_own = own.map_or(other != RUN, |own| own == other);
@@ -256,6 +263,19 @@ impl TaskTable {
 }
 
 impl Task {
+    /// Whatever ends it from here on, Nomad wanted it: a later plugin finds that on the scope.
+    fn mark_stopping(&self) {
+        self.is_stopping.store(true, Ordering::Relaxed);
+        if let Err(error) = self.cgroup.set_mark(Mark::Stopping, "1") {
+            of_task!(
+                debug,
+                self.names,
+                self.unit,
+                "the scope cannot be marked: {error}"
+            );
+        }
+    }
+
     /// Sends a signal to the main process.
     fn signal(&self, number: i32) -> Result<(), DriverError> {
         if number == signal::KILL {
@@ -276,7 +296,8 @@ impl Task {
             .chain([self.main])
             .map(|process| process.pid)
             .collect();
-        for _ in 0..SIGNAL_ROUNDS {
+        let begun = Instant::now();
+        while begun.elapsed() < SIGNAL_PATIENCE {
             let new: Vec<u32> = self
                 .cgroup
                 .processes()

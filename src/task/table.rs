@@ -161,6 +161,13 @@ impl TaskTable {
             .collect()
     }
 
+    /// Ends what `follow` began for a task that has ended.
+    pub(super) fn unfollow(&self, task: &Arc<Task>) {
+        if let Some(Some(watches)) = self.shared.watches.get() {
+            watches.remove_task(task);
+        }
+    }
+
     /// Whether a task has this id, or a start of one.
     pub(super) fn knows(&self, id: &TaskId) -> bool {
         lock(&self.shared.table).contains_key(id)
@@ -211,6 +218,8 @@ impl TaskTable {
         });
         if let Some(watches) = watches {
             watches.add_task(&task);
+            // Of what happened before there was a watch.
+            self.look_for_kills(task.clone());
         }
         self.shared.cpus_changed.notify_one();
         self.watch(task);

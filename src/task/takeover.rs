@@ -129,7 +129,7 @@ impl fmt::Display for Fate {
 
 /// Refuses a start beside a copy of the same task that another driver left in Nomad's cgroup.
 pub(super) fn expect_no_copy(request: &TaskRequest) -> Result<(), DriverError> {
-    match left_of(request).unwrap_or_default().first() {
+    match nomads_cgroups(&request.names).into_iter().find(lives) {
         Some(cgroup) => Err(DriverError::Transient(format!(
             "a copy of the task that another driver started still runs in {}, and there must not be two; a 1 written to cgroup.kill there ends it",
             cgroup.path().display()

@@ -42,6 +42,7 @@ impl TaskTable {
             };
             let ended = tasks.conclude(&task, record, traces).await;
             tasks.tell_end(&task, &ended);
+            tasks.unfollow(&task);
             task.exit.send_replace(Some(ended));
         });
     }
@@ -197,11 +198,12 @@ impl TaskTable {
             _ => false,
         };
         let is_ours = task.is_stopping.load(Ordering::Relaxed);
-        if kills.is_none() && !is_ours {
+        let is_killed = traces.supervisor_killed_by.is_some() || exit == Exit::KILLED;
+        if kills.is_none() && is_killed && !is_ours {
             self.tell(
                 task,
                 format!(
-                    "{0} was killed from outside of Nomad, with its supervisor: by `systemctl kill`, by systemd-oomd, or for want of memory on the host; see `journalctl -u {0}`",
+                    "{0} was killed from outside of Nomad, with its supervisor: by `systemctl stop` because it did not end on SIGTERM, by `systemctl kill`, or by systemd-oomd; see `journalctl -u {0}`",
                     task.unit
                 ),
             );
@@ -242,17 +244,24 @@ impl TaskTable {
         let victims = oom::victims(task.cgroup.path_in_hierarchy()).await;
         let (max, peak) = (record.memory_max_bytes, record.memory_peak_bytes);
         self.tell_kills(task, record.oom_kills, &victims, max, peak);
-        if (exit.code, exit.signal) == (0, 0) {
+        let is_killed = task.is_killed.load(Ordering::Relaxed);
+        let main_was_killed = exit.signal == signal::KILL && !is_killed;
+        // What Nomad asked to end has ended for that.
+        let is_ours = is_killed || task.is_stopping.load(Ordering::Relaxed);
+        if (exit.code, exit.signal) == (0, 0) || is_ours && !main_was_killed {
             return false;
         }
-        let main_was_killed =
-            exit.signal == signal::KILL && !task.is_killed.load(Ordering::Relaxed);
         let ago = ended_at.elapsed().unwrap_or_default();
         let ended_at = oom::now().saturating_sub(ago);
         oom::is_to_blame(
             task.main.pid,
             main_was_killed,
-            record.oom_kills,
+            // For want of the kernel's word nobody else is blamed for what Nomad wanted.
+            if is_ours {
+                victims.len() as u64
+            } else {
+                record.oom_kills
+            },
             &victims,
             ended_at,
         )

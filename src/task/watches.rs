@@ -44,15 +44,32 @@ impl Watches {
         }
     }
 
-    /// Kills of the OOM killer raise an event there. The watch goes with the cgroup.
+    /// Kills of the OOM killer raise an event there.
     pub fn add_task(&self, task: &Arc<Task>) {
+        // What happens before the watch is known waits for the lock.
+        let mut tasks = lock(&self.tasks);
         let events = task.cgroup.path().join("memory.events");
         if let Some(watch) = self.add(&events, WatchFlags::MODIFY) {
-            lock(&self.tasks).insert(watch, Arc::downgrade(task));
+            tasks.insert(watch, Arc::downgrade(task));
         }
     }
 
-    /// What changed: tasks, and for the first entry of the pair, anything else.
+    /// A file of a cgroup that is removed keeps its watch, and its inode with it.
+    pub fn remove_task(&self, task: &Arc<Task>) {
+        let mut tasks = lock(&self.tasks);
+        let is_its = |other: &Weak<Task>| other.as_ptr() == Arc::as_ptr(task);
+        let watch = tasks
+            .iter()
+            .find(|(_, other)| is_its(other))
+            .map(|(watch, _)| *watch);
+        if let Some(watch) = watch {
+            tasks.remove(&watch);
+            // Gone already on a kernel that does take it away.
+            let _ = inotify::remove_watch(self.inotify.as_fd(), watch);
+        }
+    }
+
+    /// Waits for changes: whether anything but tasks has, and the tasks.
     async fn changes(&self) -> io::Result<(bool, Vec<Arc<Task>>)> {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let read = |inotify: &OwnedFd| {

@@ -163,8 +163,10 @@ fn a_real_agents_start_survives_the_plugins_death(context: &Context) -> Result<(
             total_compute_mhz: Some(2_000),
             ..RealConfig::new(context.agent(), context.driver())
         };
-        let agent = RealAgent::start(config).await?;
+        let mut agent = RealAgent::start(config).await?;
         for step in [Step::Spawn, Step::Rules, Step::Commit] {
+            // Without a plugin the node has no such driver for a moment.
+            breakpoints.all(agent.ready("Healthy")).await?;
             let name = format!("{step:?}").to_lowercase();
             let text = Job::command("sleep", &["600"]).text();
             let text = text.replace("job \"case\"", &format!("job {name:?}"));

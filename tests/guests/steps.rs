@@ -43,6 +43,11 @@ pub const CASES: &[Case] = &[
         a_start_that_is_tried_again_needs_a_collector_that_listens
     ),
     case!(Speed, Ours, a_helper_that_dies_in_a_start_leaves_nothing),
+    case!(
+        Speed,
+        Ours,
+        a_start_that_is_refused_gives_the_log_pipes_back
+    ),
     case!(Speed, Ours, a_plugin_that_dies_in_a_stop_loses_nothing),
     case!(Speed, Ours, a_plugin_that_dies_in_a_destroy_can_do_it_again),
 ];
@@ -460,6 +465,42 @@ fn a_helper_that_dies_in_a_start_leaves_nothing(context: &Context) -> Result<()>
             stage.take_log_pipes_back()?;
         }
         breakpoints.all(agent.finish()).await?;
+        stage.finish().await
+    })
+}
+
+/// Refused by another owner's scope of that name, when the helper has opened the log pipes long ago.
+fn a_start_that_is_refused_gives_the_log_pipes_back(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let mut stage = Stage::new(context).await?;
+        let request = stage.request();
+        let scope = Scope::of_id(&id_of(&request))?;
+        let mut other = std::process::Command::new("systemd-run")
+            .args(["--scope", "--quiet", "--slice=exec2-share.slice"])
+            .args([&format!("--unit={}", scope.unit), "sleep", "601"])
+            .spawn()?;
+        until("the other one's scope is there", || {
+            scope.dir.exists().then_some(())
+        })
+        .await?;
+        let owner = "trusted.nomad-driver-exec2.owner";
+        let flags = rustix::fs::XattrFlags::empty();
+        rustix::fs::setxattr(&scope.dir, owner, b"node of-another", flags)?;
+        let refused = start(&stage.agent, request)
+            .await
+            .err()
+            .context("it started")?;
+        let status = refused
+            .downcast_ref::<tonic::Status>()
+            .context("a status")?;
+        ensure!(
+            status.message().contains("belongs to node of-another"),
+            "{status}"
+        );
+        ensure!(other.try_wait()?.is_none(), "the other one was touched");
+        said("systemctl", &["stop", &scope.unit])?;
+        other.wait()?;
+        stage.expect_nothing_left("a refused start").await?;
         stage.finish().await
     })
 }

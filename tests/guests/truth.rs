@@ -18,6 +18,7 @@ pub const CASES: &[Case] = &[
         Ours,
         an_oom_kill_is_told_with_process_limit_and_peak
     ),
+    case!(Limits, Ours, a_task_that_has_ended_is_watched_no_more),
     case!(Limits, Ours, an_oom_kill_of_a_child_is_told_at_once),
     case!(
         Limits,
@@ -74,6 +75,44 @@ fn an_oom_kill_is_told_with_process_limit_and_peak(context: &Context) -> Result<
         let kills = told(&agent, &alloc)?;
         let kills = kills.iter().filter(|line| line.contains("OOM killer")).count();
         ensure!(kills == 1, "told {kills} times");
+        agent.finish().await
+    })
+}
+
+/// A file of a cgroup that is removed would keep its watch, and the kernel's memory for it.
+fn a_task_that_has_ended_is_watched_no_more(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let plugin = agent.plugin_pid().await.context("a plugin")?;
+        let watches = || -> Result<usize> {
+            let mut count = 0;
+            for entry in fs::read_dir(format!("/proc/{plugin}/fdinfo"))?.flatten() {
+                let info = fs::read_to_string(entry.path()).unwrap_or_default();
+                count += info
+                    .lines()
+                    .filter(|line| line.starts_with("inotify wd:"))
+                    .count();
+            }
+            Ok(count)
+        };
+        let running = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+        let with_one = watches()?;
+        for _ in 0..3 {
+            let alloc = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+            ensure!(
+                watches()? == with_one + 1,
+                "{} beside {with_one}",
+                watches()?
+            );
+            alloc.stop().await?;
+        }
+        ensure!(
+            watches()? == with_one,
+            "{} instead of {with_one}",
+            watches()?
+        );
+        running.stop().await?;
+        ensure!(watches()? == with_one - 1);
         agent.finish().await
     })
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use tokio::time::{sleep, timeout};
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Mark};
 use crate::plan::signal;
 use crate::plan::unit::{self, RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
 use crate::record::{self, Exit, Record};
@@ -154,7 +154,9 @@ fn usage(scope: &Cgroup) -> Task {
         memory_max_bytes: scope.memory_max_bytes().flatten(),
         cpu_usec: scope.cpu().map(|cpu| cpu.usage_usec),
         cpu_quota_usec_per_sec: scope.cpu_quota_usec_per_sec().flatten(),
-        owner: scope.owner().map(|owner| UnitText::new(&owner).to_string()),
+        owner: scope
+            .mark(Mark::Owner)
+            .map(|owner| UnitText::new(&owner).to_string()),
         ..Task::default()
     }
 }
