@@ -22,6 +22,7 @@ pub const CASES: &[Case] = &[
         Ours,
         a_task_outlives_restarts_and_crashes_of_the_plugin
     ),
+    case!(Speed, Ours, an_upgrade_leaves_tasks_running),
     case!(Both, Ours, an_end_that_no_plugin_saw_is_told_by_its_record),
     case!(Speed, Ours, an_agent_that_crashed_finds_its_tasks_again),
     case!(Speed, Ours, a_senseless_handle_is_refused_with_a_sentence),
@@ -74,6 +75,48 @@ fn a_task_outlives_restarts_and_crashes_of_the_plugin(context: &Context) -> Resu
         let exit = task.wait().await?;
         ensure!((exit.code, exit.signal) == (23, 0), "{exit:?}");
         scope.expect_gone()?;
+        agent.finish().await
+    })
+}
+
+/// A package manager puts another file in the place of the one that runs.
+fn an_upgrade_leaves_tasks_running(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let dir = tempfile::tempdir_in("/opt")?;
+        let (program, next) = (
+            dir.path().join("nomad-driver-exec2"),
+            dir.path().join("next"),
+        );
+        fs::copy(context.driver(), &program)?;
+        let agent = Agent::start(&program, harness::nomad::Config::default()).await?;
+        let exe = async || {
+            let plugin = agent.plugin_pid().await.context("a plugin")?;
+            anyhow::Ok(fs::read_link(format!("/proc/{plugin}/exe"))?)
+        };
+        let job = Job::shell("trap 'exit 6' INT; echo up; while :; do sleep 0.05; done");
+        let before = agent.run(&job.text()).await?;
+        fs::copy(context.driver(), &next)?;
+        fs::rename(&next, &program)?;
+        ensure!(exe().await?.to_string_lossy().ends_with(" (deleted)"));
+        // The old plugin starts the old helper still.
+        let between = agent.run(&job.text()).await?;
+        let mut mains = Vec::new();
+        for alloc in [&before, &between] {
+            until("the task is up", || {
+                (alloc.stdout("t").ok()? == "up\n").then_some(())
+            })
+            .await?;
+            mains.push(Scope::of(alloc.only_task()?)?.main()?);
+        }
+        let lost = agent.restart().await?;
+        ensure!(lost.is_empty(), "{lost:?}");
+        ensure!(exe().await? == program, "{:?}", exe().await?);
+        for (alloc, main) in [&before, &between].into_iter().zip(mains) {
+            let task = alloc.only_task()?;
+            ensure!(Scope::of(task)?.main()? == main && task.exit().is_none());
+            let exit = task.stop().await?;
+            ensure!((exit.code, exit.signal) == (6, 0), "{exit:?}");
+        }
         agent.finish().await
     })
 }
