@@ -230,11 +230,12 @@ impl Slot {
         };
         task.strike(blow)?;
         if blow == Blow::KillSupervisor {
-            let end = match task.life.is_ours {
-                true => End::KILLED,
-                false => End::UNKNOWN,
+            // Of a supervisor that is not the plugin's child the kernel alone can tell, since 6.15.
+            let ends = match task.life.is_ours {
+                true => vec![End::KILLED],
+                false => vec![End::KILLED, End::UNKNOWN],
             };
-            task.ended(calls, &[end], false).await?;
+            task.ended(calls, &ends, false).await?;
         }
         Ok(())
     }
