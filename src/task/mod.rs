@@ -1,5 +1,6 @@
 //! The life of one task, from its start to the last word about it. Knows nothing of gRPC: `plugin` translates.
 
+mod copies;
 mod cpus;
 mod dir;
 mod driver;

@@ -178,7 +178,7 @@ fn victim(record: &str, cgroup: &str) -> Option<Victim> {
     let text = text.lines().next()?.strip_prefix("oom-kill:constraint=")?;
     let (constraint, text) = text.split_once(',')?;
     // A name may contain anything, but comes last and is too short for a path of ours.
-    let (before, task) = text.split_once(&format!(",task_memcg={cgroup},task="))?;
+    let (before, task) = text.rsplit_once(&format!(",task_memcg={cgroup},task="))?;
     let (task, _uid) = task.rsplit_once(",uid=")?;
     let (name, pid) = task.rsplit_once(",pid=")?;
     let cause = match before.split_once(",oom_memcg=") {

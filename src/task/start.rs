@@ -105,6 +105,7 @@ impl TaskTable {
         let mut phases = Phases::new();
         breakpoint::at(Step::Plan);
         takeover::expect_no_copy(&request)?;
+        self.end_copies(&request).await?;
         let mut plan = self.plan(&request).await?;
         phases.end("plan");
         let output = match output {

@@ -206,7 +206,11 @@ impl TaskTable {
         destroyed
     }
 
-    async fn destroy_now(&self, id: &TaskId, task: Option<&Task>) -> Result<(), DriverError> {
+    pub(super) async fn destroy_now(
+        &self,
+        id: &TaskId,
+        task: Option<&Task>,
+    ) -> Result<(), DriverError> {
         let unit = match task {
             Some(task) => {
                 if task.ended().is_none() {

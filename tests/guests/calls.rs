@@ -11,7 +11,7 @@ use harness::nomad::proto::driver::{
     SignalTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfig, TaskHandle, WaitTaskRequest,
 };
 use harness::nomad::{Agent, Allocation, Connection, Exit};
-use nomad_driver_exec2::job::request::new_task_id;
+use nomad_driver_exec2::job::request::{new_alloc_id, new_task_id};
 use tonic::Status;
 
 use crate::nomad::Job;
@@ -41,11 +41,12 @@ impl Place {
         Ok(Place { alloc, config })
     }
 
-    /// A task with an id of its own.
+    /// A task that passes for one of an allocation of its own.
     pub fn task(&self, script: &str) -> TaskConfig {
-        let id = new_task_id(&self.config.alloc_id, &self.config.name);
+        let alloc_id = new_alloc_id();
         TaskConfig {
-            id,
+            id: new_task_id(&alloc_id, &self.config.name),
+            alloc_id,
             ..with_script(self.config.clone(), script)
         }
     }

@@ -34,6 +34,11 @@ pub const CASES: &[Case] = &[
     ),
     case!(Speed, Ours, a_second_start_of_an_id_makes_no_second_copy),
     case!(Speed, Ours, a_start_after_a_lost_one_takes_its_place),
+    case!(
+        Speed,
+        Ours,
+        a_start_that_nomad_forgot_is_ended_by_the_next_one
+    ),
     case!(Speed, Ours, a_failed_unit_does_not_block_a_start),
     case!(
         Speed,
@@ -431,6 +436,56 @@ fn a_start_after_a_lost_one_takes_its_place(context: &Context) -> Result<()> {
         let (agent, lost) = crashed.reattach().await?;
         ensure!(lost.len() == 1, "{lost:?}");
         alloc.stop().await?;
+        agent.finish().await
+    })
+}
+
+/// An agent that died before it noted the handle starts the task anew under a new id, once with the plugin that has the first
+/// copy, once with another one.
+fn a_start_that_nomad_forgot_is_ended_by_the_next_one(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let alloc = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+        let beside = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+        let beside = Scope::of(beside.only_task()?)?;
+        let task = alloc.only_task()?;
+        let mut config = task
+            .handle()
+            .and_then(|handle| handle.config)
+            .context("a configuration")?;
+        for path in [&mut config.stdout_path, &mut config.stderr_path] {
+            *path = "/dev/null".into();
+        }
+        let other = Agent::start(context.driver(), harness::nomad::Config::default()).await?;
+        let mut last = Scope::of(task)?;
+        for (driver, start) in [
+            (&agent, "00000001"),
+            (&agent, "00000002"),
+            (&other, "00000003"),
+        ] {
+            let (before, _) = config.id.rsplit_once('/').context("an id")?;
+            config.id = format!("{before}/{start}");
+            let request = StartTaskRequest {
+                task: Some(config.clone()),
+            };
+            driver.connection()?.driver().start_task(request).await?;
+            let scope = Scope::of_id(&config.id)?;
+            ensure!(scope.processes()?.len() == 2, "{start}");
+            last.expect_gone()
+                .with_context(|| format!("before {start}"))?;
+            last = scope;
+        }
+        ensure!(
+            beside.processes()?.len() == 2,
+            "another allocation's task was touched"
+        );
+        let request = DestroyTaskRequest {
+            task_id: config.id.clone(),
+            force: true,
+        };
+        other.connection()?.driver().destroy_task(request).await?;
+        last.expect_gone()?;
+        other.finish().await?;
         agent.finish().await
     })
 }

@@ -189,7 +189,8 @@ impl Stage {
         self.starts += 1;
         let mut task = self.task.clone();
         let (alloc, _) = task.id.split_once('/').unwrap_or_default();
-        task.id = format!("{alloc}/t/{:08x}", self.starts);
+        // Another one, so that nobody takes it for a copy of the one that runs.
+        task.id = format!("{alloc}/u/{:08x}", self.starts);
         StartTaskRequest { task: Some(task) }
     }
 
