@@ -9,7 +9,7 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: test
-test: host ## every test: units and protocol here, the rest in Debian 13 and 12 guests (root; at most 40 minutes on a new machine)
+test: host ## every test: units and protocol here, the rest in Debian 13 and 12 guests (root; about an hour on a new machine)
 	@echo '== unit, protocol and helper tests on this machine'
 	@status=0; \
 	$(TEST) --workspace --no-fail-fast || status=1; \
