@@ -44,6 +44,10 @@ hack: host build ## a guest with a shell; the agent's API at a port of this host
 build: ## driver and harness, unoptimised
 	$(CARGO) build --locked --workspace
 
+.PHONY: pages
+pages: ## manual pages and shell completions anew, after a change of the command line or of README.md
+	$(CARGO) run --quiet --locked --package harness -- pages
+
 .PHONY: lint
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check

@@ -52,7 +52,8 @@ pub struct Cpu {
     pub usage_usec: u64,
     pub user_usec: u64,
     pub system_usec: u64,
-    /// Absent without a quota.
+    /// Absent without the controller, as are the next two; those of 100 ms, as systemd sets quotas, in which a process ran.
+    pub periods: Option<u64>,
     pub throttled_periods: Option<u64>,
     pub throttled_usec: Option<u64>,
 }
@@ -115,6 +116,12 @@ impl Cgroup {
         self.number("cgroup.freeze") == Some(1)
     }
 
+    /// Whether all of it stands still by now, its own way or an ancestor's.
+    pub fn stands_still(&self) -> bool {
+        let events = self.read("cgroup.events");
+        events.is_ok_and(|events| field(&events, "frozen") == Some(1))
+    }
+
     /// Lets its processes run again, unless an ancestor is frozen.
     pub fn thaw(&self) -> io::Result<()> {
         fs::write(self.path.join("cgroup.freeze"), "0")
@@ -174,6 +181,7 @@ impl Cgroup {
             usage_usec: field(&stat, "usage_usec")?,
             user_usec: field(&stat, "user_usec")?,
             system_usec: field(&stat, "system_usec")?,
+            periods: field(&stat, "nr_periods"),
             throttled_periods: field(&stat, "nr_throttled"),
             throttled_usec: field(&stat, "throttled_usec"),
         })

@@ -5,7 +5,7 @@ pub mod tasks;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 /// Lists Nomad's tasks with the driver "exec2", and runs commands and job files the way these run: in a systemd scope of their own, confined by Landlock.
 #[derive(Debug, Parser)]
@@ -28,6 +28,11 @@ enum Command {
 /// Told from what a command itself exits with, as env(1) and timeout(1) do.
 const COULD_NOT_RUN: u8 = 125;
 
+/// The command line's definition, for manual pages and shell completion.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
 /// Parses the arguments and does what they say.
 pub fn main() -> ExitCode {
     let done = match Arguments::parse().command {
@@ -46,7 +51,6 @@ pub fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     fn is_taken(line: &str) -> bool {
         let words = format!("nomad-driver-exec2 {line}");

@@ -39,6 +39,28 @@ impl Kind {
             Kind::List { .. } => "list(string)",
         }
     }
+
+    /// The type for the manual.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            Kind::List { .. } => "list of strings",
+            other => other.hcl_type(),
+        }
+    }
+}
+
+impl Key {
+    /// What absent means, as an HCL literal; `None`: it may not be absent.
+    pub fn default_literal(&self) -> Option<&'static str> {
+        match (self.presence, self.kind) {
+            (Presence::Required, _) => None,
+            (Presence::Default(literal), _) => Some(literal),
+            (Presence::Optional, Kind::Bool) => Some("false"),
+            (Presence::Optional, Kind::Integer { .. }) => Some("0"),
+            (Presence::Optional, Kind::Text { .. }) => Some("\"\""),
+            (Presence::Optional, Kind::List { .. }) => Some("[]"),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -22,6 +22,7 @@ use table::Colours;
 #[command(after_help = "\
 The states:
   running   its processes are there
+  frozen    the same, and stand still until `systemctl thaw UNIT`
   starting  its scope is there, its start not done yet
   ended     with an exit code or by a signal, and Nomad has not collected that yet
   orphan    processes without a record, as of a start that nobody finished; `systemctl stop UNIT` ends them
@@ -29,7 +30,8 @@ The states:
             next call about the task removes it; of a `run`, remove /run/nomad-driver-exec2/records/UNIT
 
 AGE is the time since the start, or since the end of what has ended. MEMORY is what is used and the limit, CPU the time used
-so far and the limit in percent of one core. OWNER is the Nomad node whose agent started the task, or `run`. What is not
+so far and the limit in percent of one core, THROTTLED how many of the periods of that limit (100 ms) in which the task ran
+ended early because it was used up. OWNER is the Nomad node whose agent started the task, or `run`. What is not
 known is `-`.
 
 Examples:

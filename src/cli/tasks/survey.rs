@@ -48,6 +48,10 @@ pub struct Task {
     pub memory_max_bytes: Option<u64>,
     pub cpu_usec: Option<u64>,
     pub cpu_quota_usec_per_sec: Option<u64>,
+    /// Of the quota's periods in which the task ran, and of these those at whose end it had to wait for the next.
+    pub cpu_periods: Option<u64>,
+    pub cpu_throttled_periods: Option<u64>,
+    pub cpu_throttled_usec: Option<u64>,
     pub owner: Option<String>,
     pub description: Option<String>,
 }
@@ -57,6 +61,7 @@ pub struct Task {
 pub enum State {
     #[default]
     Running,
+    Frozen,
     Starting,
     Ended,
     Orphan,
@@ -67,6 +72,7 @@ impl State {
     pub fn name(self) -> &'static str {
         match self {
             State::Running => "running",
+            State::Frozen => "frozen",
             State::Starting => "starting",
             State::Ended => "ended",
             State::Orphan => "orphan",
@@ -124,6 +130,10 @@ fn look(unit: &UnitName) -> Option<Task> {
     let path = records().join(unit.as_str());
     let record = fs::read(&path).ok().map(|page| record::read(&page));
     let (state, exit) = judge(record, scope.is_some(), &processes)?;
+    let state = match &scope {
+        Some(scope) if state == State::Running && scope.stands_still() => State::Frozen,
+        _ => state,
+    };
     let changed = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).ok();
     let since = match (exit, processes.iter().map(|one| one.start_ticks).min()) {
         (Some(exit), _) => Some(UNIX_EPOCH + Duration::from_nanos(exit.ended_unix_nanos)),
@@ -149,11 +159,18 @@ fn look(unit: &UnitName) -> Option<Task> {
 
 /// What the scope's own files tell.
 fn usage(scope: &Cgroup) -> Task {
+    let cpu = scope.cpu();
+    let quota = scope.cpu_quota_usec_per_sec().flatten();
+    // Without a quota all are 0, which says nothing.
+    let limited = cpu.filter(|_| quota.is_some());
     Task {
         memory_bytes: scope.memory().usage_bytes,
         memory_max_bytes: scope.memory_max_bytes().flatten(),
-        cpu_usec: scope.cpu().map(|cpu| cpu.usage_usec),
-        cpu_quota_usec_per_sec: scope.cpu_quota_usec_per_sec().flatten(),
+        cpu_usec: cpu.map(|cpu| cpu.usage_usec),
+        cpu_quota_usec_per_sec: quota,
+        cpu_periods: limited.and_then(|cpu| cpu.periods),
+        cpu_throttled_periods: limited.and_then(|cpu| cpu.throttled_periods),
+        cpu_throttled_usec: limited.and_then(|cpu| cpu.throttled_usec),
         owner: scope
             .mark(Mark::Owner)
             .map(|owner| UnitText::new(&owner).to_string()),

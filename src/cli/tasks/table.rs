@@ -2,8 +2,17 @@
 
 use super::survey::{State, Task};
 
-pub const COLUMNS: [&str; 9] = [
-    "UNIT", "STATE", "TASK", "ALLOC", "PID", "AGE", "MEMORY", "CPU", "OWNER",
+pub const COLUMNS: [&str; 10] = [
+    "UNIT",
+    "STATE",
+    "TASK",
+    "ALLOC",
+    "PID",
+    "AGE",
+    "MEMORY",
+    "CPU",
+    "THROTTLED",
+    "OWNER",
 ];
 /// The column that is coloured.
 const STATE: usize = 1;
@@ -54,11 +63,12 @@ fn line(cells: &[String], widths: &[usize], colour: Option<u8>) -> String {
     line
 }
 
-/// Green, yellow and red.
+/// Green, cyan, yellow and red.
 fn colour(state: State) -> Option<u8> {
     match state {
         State::Running => Some(32),
         State::Starting => None,
+        State::Frozen => Some(36),
         State::Ended => Some(33),
         State::Orphan | State::Leftover => Some(31),
     }
@@ -87,8 +97,15 @@ fn cells(task: &Task) -> [String; COLUMNS.len()] {
             task.cpu_usec.map(cpu_time),
             task.cpu_quota_usec_per_sec.map(percent),
         ),
+        known(throttled(task)),
         known(task.owner.as_deref().map(owner)),
     ]
+}
+
+/// How many of the periods in which it ran ended with the quota used up; rounded up, so that 0% is never.
+fn throttled(task: &Task) -> Option<String> {
+    let percent = (task.cpu_throttled_periods? * 100).div_ceil(task.cpu_periods?.max(1));
+    Some(format!("{percent}%"))
 }
 
 fn owner(owner: &str) -> String {
@@ -160,6 +177,8 @@ mod tests {
             memory_max_bytes: Some(128 << 20),
             cpu_usec: Some(296_400),
             cpu_quota_usec_per_sec: Some(500_000),
+            cpu_periods: Some(1000),
+            cpu_throttled_periods: Some(1),
             owner: Some("node 8f3c2a10-1111-2222-3333-444455556666".into()),
             ..Task::default()
         }
@@ -182,9 +201,9 @@ mod tests {
         assert_eq!(
             text,
             "\
-UNIT                               STATE            TASK            ALLOC     PID   AGE    MEMORY     CPU        OWNER
-exec2-web-0a1b2c3d-deadbeef.scope  running          shop/front/web  0a1b2c3d  4711  5m12s  600K/128M  296ms/50%  node 8f3c2a10
-exec2-t-1-2.scope                  ended (SIGKILL)  t               -         -     -      -          -          -
+UNIT                               STATE            TASK            ALLOC     PID   AGE    MEMORY     CPU        THROTTLED  OWNER
+exec2-web-0a1b2c3d-deadbeef.scope  running          shop/front/web  0a1b2c3d  4711  5m12s  600K/128M  296ms/50%  1%         node 8f3c2a10
+exec2-t-1-2.scope                  ended (SIGKILL)  t               -         -     -      -          -          -          -
 "
         );
         assert_eq!(table(&[], Colours::Some), "");

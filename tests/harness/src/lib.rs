@@ -4,3 +4,5 @@ pub mod demo;
 pub mod guest;
 pub mod leaks;
 pub mod nomad;
+pub mod pages;
+pub mod transcript;

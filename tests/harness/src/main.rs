@@ -14,6 +14,7 @@ const USAGE: &str = "usage:
   harness demo GUEST            run two jobs inside, and show what systemd and the kernel make of them
   harness script GUEST SCRIPT   run a script inside and show what it prints
   harness hack GUEST            a shell inside; port 4646 of the guest becomes one of this host
+  harness pages                 write manual pages and shell completions into packaging/
 GUEST is trixie-qemu, bookworm-qemu, sid-qemu, or the same with -nspawn.";
 
 /// Nomad's HTTP API.
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         ["play", driver] => play(Path::new(driver), None),
         ["play", driver, nomad] => play(Path::new(driver), Some(Path::new(nomad))),
         ["hack", name] => hack(name),
+        ["pages"] => write_pages(),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -84,6 +86,15 @@ fn build(guests: &[&str]) -> Result<()> {
 
 fn demo(name: &str) -> Result<()> {
     run_inside(name, "the demo", PLAY.as_bytes())
+}
+
+fn write_pages() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    for (path, text) in harness::pages::pages(&root)? {
+        let path = root.join(path);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn play(driver: &Path, nomad: Option<&Path>) -> Result<()> {

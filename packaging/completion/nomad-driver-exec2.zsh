@@ -1,0 +1,139 @@
+#compdef nomad-driver-exec2
+
+autoload -U is-at-least
+
+_nomad-driver-exec2() {
+    typeset -A opt_args
+    typeset -a _arguments_options
+    local ret=1
+
+    if is-at-least 5.2; then
+        _arguments_options=(-s -S -C)
+    else
+        _arguments_options=(-s -C)
+    fi
+
+    local context curcontext="$curcontext" state line
+    _arguments "${_arguments_options[@]}" : \
+'-h[Print help]' \
+'--help[Print help]' \
+'-V[Print version]' \
+'--version[Print version]' \
+":: :_nomad-driver-exec2_commands" \
+"*::: :->nomad-driver-exec2" \
+&& ret=0
+    case $state in
+    (nomad-driver-exec2)
+        words=($line[1] "${words[@]}")
+        (( CURRENT += 1 ))
+        curcontext="${curcontext%:*:*}:nomad-driver-exec2-command-$line[1]:"
+        case $line[1] in
+            (run)
+_arguments "${_arguments_options[@]}" : \
+'--memory=[Memory limit\: a number of MiB, or with K, M or G \[default\: the job'\''s, or 300M\]]:SIZE:_default' \
+'--cpu=[CPU limit in MHz, as in a job'\''s \`resources\` \[default\: the job'\''s, or 1000\]]:MHZ:_default' \
+'*--unveil=[Unveil a path, as in \`r\:/srv\`; the mode is any of r, w, x, c \[repeatable\]]:MODE:PATH:_default' \
+'--user=[User to run as, by name \[default\: the job'\''s, or a dynamic one\]]:USER:_default' \
+'*--env=[Set a variable of the task'\''s environment \[repeatable\]]:NAME=VALUE:_default' \
+'()--task=[The task to run, as TASK or GROUP/TASK; needed where the file has several]:TASK:_default' \
+'()*--var=[Give one of the file'\''s variables a value, as \`nomad job run -var\` does \[repeatable\]]:NAME=VALUE:_default' \
+'()*--volume=[The directory of this host that is a volume of the job \[repeatable\]]:NAME=/PATH:_default' \
+'()*--meta=[Metadata for a parameterized job, as \`nomad job dispatch -meta\` gives it \[repeatable\]]:NAME=VALUE:_default' \
+'()--payload=[Payload for a parameterized job]:FILE:_files' \
+'()*--ignore=[Run without a block that needs a cluster, as in \`artifact\` \[repeatable\]]:BLOCK:_default' \
+'-h[Print help]' \
+'--help[Print help]' \
+'::file -- The job file:_files' \
+'*::command -- The command and its arguments:_default' \
+&& ret=0
+;;
+(tasks)
+_arguments "${_arguments_options[@]}" : \
+'--watch=[Print again every so many seconds, until Ctrl-C]::SECONDS:_default' \
+'--json[Print an array of objects in one line, with null for what is not known or not limited]' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(help)
+_arguments "${_arguments_options[@]}" : \
+":: :_nomad-driver-exec2__subcmd__help_commands" \
+"*::: :->help" \
+&& ret=0
+
+    case $state in
+    (help)
+        words=($line[1] "${words[@]}")
+        (( CURRENT += 1 ))
+        curcontext="${curcontext%:*:*}:nomad-driver-exec2-help-command-$line[1]:"
+        case $line[1] in
+            (run)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(tasks)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(help)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+        esac
+    ;;
+esac
+;;
+        esac
+    ;;
+esac
+}
+
+(( $+functions[_nomad-driver-exec2_commands] )) ||
+_nomad-driver-exec2_commands() {
+    local commands; commands=(
+'run:Run a command, or a task of a job file, as a task\: in its own systemd scope, limited, and with nothing open to it but what is unveiled' \
+'tasks:List the tasks on this host, those of Nomad'\''s and of \`run\`, and what is left over of some' \
+'help:Print this message or the help of the given subcommand(s)' \
+    )
+    _describe -t commands 'nomad-driver-exec2 commands' commands "$@"
+}
+(( $+functions[_nomad-driver-exec2__subcmd__help_commands] )) ||
+_nomad-driver-exec2__subcmd__help_commands() {
+    local commands; commands=(
+'run:Run a command, or a task of a job file, as a task\: in its own systemd scope, limited, and with nothing open to it but what is unveiled' \
+'tasks:List the tasks on this host, those of Nomad'\''s and of \`run\`, and what is left over of some' \
+'help:Print this message or the help of the given subcommand(s)' \
+    )
+    _describe -t commands 'nomad-driver-exec2 help commands' commands "$@"
+}
+(( $+functions[_nomad-driver-exec2__subcmd__help__subcmd__help_commands] )) ||
+_nomad-driver-exec2__subcmd__help__subcmd__help_commands() {
+    local commands; commands=()
+    _describe -t commands 'nomad-driver-exec2 help help commands' commands "$@"
+}
+(( $+functions[_nomad-driver-exec2__subcmd__help__subcmd__run_commands] )) ||
+_nomad-driver-exec2__subcmd__help__subcmd__run_commands() {
+    local commands; commands=()
+    _describe -t commands 'nomad-driver-exec2 help run commands' commands "$@"
+}
+(( $+functions[_nomad-driver-exec2__subcmd__help__subcmd__tasks_commands] )) ||
+_nomad-driver-exec2__subcmd__help__subcmd__tasks_commands() {
+    local commands; commands=()
+    _describe -t commands 'nomad-driver-exec2 help tasks commands' commands "$@"
+}
+(( $+functions[_nomad-driver-exec2__subcmd__run_commands] )) ||
+_nomad-driver-exec2__subcmd__run_commands() {
+    local commands; commands=()
+    _describe -t commands 'nomad-driver-exec2 run commands' commands "$@"
+}
+(( $+functions[_nomad-driver-exec2__subcmd__tasks_commands] )) ||
+_nomad-driver-exec2__subcmd__tasks_commands() {
+    local commands; commands=()
+    _describe -t commands 'nomad-driver-exec2 tasks commands' commands "$@"
+}
+
+if [ "$funcstack[1]" = "_nomad-driver-exec2" ]; then
+    _nomad-driver-exec2 "$@"
+else
+    compdef _nomad-driver-exec2 nomad-driver-exec2
+fi
