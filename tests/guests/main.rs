@@ -33,6 +33,7 @@ mod steps;
 mod surroundings;
 mod takeover;
 mod tasks;
+mod transcripts;
 mod truth;
 mod versions;
 mod view;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         faults::CASES,
         shortage::CASES,
         tasks::CASES,
+        transcripts::CASES,
         dbus::CASES,
         // Last: they take the guest's journal and bus away for a while.
         journal::CASES,

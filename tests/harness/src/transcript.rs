@@ -57,11 +57,13 @@ impl Transcript {
 }
 
 /// What stays of a text from one run to the next: numbers, ids and times become `#`, their units, columns' widths and empty
-/// lines go.
+/// lines go. `1min 4s` is as good as `59s`.
 pub fn mask(text: &str) -> String {
     let lines = text.lines().map(|line| {
         let words = line.split_whitespace().map(mask_word);
-        words.collect::<Vec<_>>().join(" ")
+        let mut words: Vec<String> = words.collect();
+        words.dedup_by(|next, word| word == "#" && next == "#");
+        words.join(" ")
     });
     lines
         .filter(|line| !line.is_empty())
@@ -92,7 +94,8 @@ fn mask_part(part: &str) -> String {
         Some((stem, "")) => (stem, ".scope"),
         _ => (bare, ""),
     };
-    let is_id = [8, 12, 32].contains(&stem.len()) && stem.chars().all(|c| c.is_ascii_hexdigit());
+    // Of a UUID, too.
+    let is_id = [4, 8, 12, 32].contains(&stem.len()) && stem.chars().all(|c| c.is_ascii_hexdigit());
     let is_amount = stem.starts_with(|c: char| c.is_ascii_digit());
     if is_id || is_amount || is_weekday_or_month(stem) {
         format!("#{suffix}{dots}")
@@ -156,6 +159,8 @@ mod tests {
                 "since # #-#-# #:#:# UTC; # ago",
             ),
             ("running  a  b\n\n", "running a b"),
+            ("id=81c89733-e4dd-4e45-871d-c3c853fd550e", "id=#-#-#-#-#"),
+            ("for 1min 4s now", "for # now"),
             ("deadline in default/service/web", "deadline in default/service/web"),
         ] {
             assert_eq!(mask(text), masked);

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use harness::pages::{MAIN_PAGE, pages, readme_row};
+use harness::transcript::transcripts;
 use nomad_driver_exec2::config::schema;
 
 fn root() -> &'static Path {
@@ -44,5 +45,17 @@ fn the_readme_has_every_key_as_its_table_has_it() {
             readme.lines().any(|line| line == row),
             "README.md lacks: {row}"
         );
+    }
+}
+
+#[test]
+fn every_terminal_that_the_readme_shows_is_typed_again_by_a_case() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let transcripts = transcripts(&readme).unwrap();
+    assert_eq!(transcripts.len(), readme.matches("```console").count());
+    let cases = fs::read_to_string(root().join("tests/guests/transcripts.rs")).unwrap();
+    for transcript in transcripts {
+        let compared = format!("compare(context, \"{}\"", transcript.name);
+        assert!(cases.contains(&compared), "{}", transcript.name);
     }
 }
