@@ -1,0 +1,1 @@
+#compdef nomad-driver-exec2
