@@ -26,6 +26,7 @@ export BINARY
 
 rm -rf "$out"
 mkdir -p "$out/work/deb" "$out/work/rpm"
+ln -s "$BINARY" "$out/work/executable"
 
 # dpkg-buildpackage wants debian/ at the root of a tree, and writes beside that tree.
 cp -R packaging/debian "$out/work/deb/"
