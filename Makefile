@@ -38,7 +38,7 @@ packages: ## the .deb, the .rpm and a tarball into target/package
 	packaging/build.sh
 
 .PHONY: reproduce
-reproduce: packages ## builds the executable once more, elsewhere, and compares it
+reproduce: packages ## builds the packages once more, executable and all, from another directory, and compares
 	packaging/reproduce.sh
 
 GUEST ?= trixie-qemu

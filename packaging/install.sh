@@ -27,4 +27,4 @@ install -D -m 644 -t "$share/fish/vendor_completions.d" "$source/packaging/compl
 install -D -m 644 -t "$doc" "$source/README.md" "$source/SECURITY.md"
 install -D -m 644 "$source/CHANGELOG.md" "$doc/changelog"
 # -n: a name and a time in the header would differ from build to build.
-gzip -9n "$share"/man/man8/* "$doc/README.md" "$doc/changelog"
+gzip -9n "$share"/man/man8/* "$doc"/*.md "$doc/changelog"

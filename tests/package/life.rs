@@ -59,7 +59,7 @@ fn on_a_host_without_nomad_nothing_of_it_stays(kind: Kind) {
     machine.remove(NAME);
     machine.purge(NAME);
     let left =
-        machine.sh("find /etc /opt /usr /var -xdev -name '*exec2*' -not -path '/opt/nomad/data'");
+        machine.sh("find /etc /opt /usr /var -xdev -name '*driver-exec2*' -o -name 'exec2*.slice'");
     assert_eq!(String::from_utf8_lossy(&left.stdout), "");
 }
 

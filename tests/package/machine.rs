@@ -108,7 +108,7 @@ impl Machine {
                 packages.deb(),
                 "dpkg --no-triggers --force-depends -i".to_owned(),
             ),
-            Kind::Rpm => (packages.rpm(), format!("{RPM} -U --oldpackage")),
+            Kind::Rpm => (packages.rpm(), format!("{RPM} -U --oldpackage --replacepkgs")),
         };
         self.install_file(&package, &command)
     }
