@@ -148,7 +148,9 @@ fn a_service_lives_in_a_scope_of_its_own(context: &Context) -> Result<()> {
             ("TasksMax", "16384"),
             ("Delegate", "yes"),
         ] {
-            ensure!(shown[property] == value, "{property}: {shown:?}");
+            // Each word of a list is in quotes.
+            let shown = shown[property].trim_matches('"');
+            ensure!(shown == value, "{property}: {shown}");
         }
         // At the host's shutdown the agent stops first, and stops its tasks as it does.
         let own = fs::read_to_string("/proc/self/cgroup")?;

@@ -97,7 +97,7 @@ fn apt_installs_it_with_what_a_host_has(context: &Context) -> Result<()> {
         ensure!(
             shown["LoadState"] == "loaded"
                 && shown["Description"].starts_with("Nomad tasks of the exec2 driver")
-                && shown["Documentation"] == "man:nomad-driver-exec2(8)",
+                && shown["Documentation"].trim_matches('"') == "man:nomad-driver-exec2(8)",
             "{shown:?}"
         );
     }

@@ -108,7 +108,10 @@ impl Machine {
                 packages.deb(),
                 "dpkg --no-triggers --force-depends -i".to_owned(),
             ),
-            Kind::Rpm => (packages.rpm(), format!("{RPM} -U --oldpackage --replacepkgs")),
+            Kind::Rpm => (
+                packages.rpm(),
+                format!("{RPM} -U --oldpackage --replacepkgs"),
+            ),
         };
         self.install_file(&package, &command)
     }
