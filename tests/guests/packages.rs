@@ -169,18 +169,17 @@ fn a_drop_in_of_its_slice_holds_for_running_tasks(context: &Context) -> Result<(
         fs::create_dir_all(drop_in.parent().context("a directory")?)?;
         fs::write(drop_in, "[Slice]\nMemoryHigh=48M\nIOWeight=50\n")?;
         said("systemctl", &["daemon-reload"])?;
-        ensure!(
-            file("memory.high")? == (48 << 20).to_string(),
-            "{}",
-            file("memory.high")?
-        );
-        let weight = ["io.weight", "io.bfq.weight"].map(|name| file(name).unwrap_or_default());
-        ensure!(
-            weight
+        // systemd writes them a moment after its answer.
+        until("the slice has the operator's limit and weight", || {
+            let weights = ["io.weight", "io.bfq.weight"].map(|name| file(name).unwrap_or_default());
+            let mut weights = weights
                 .iter()
-                .any(|weight| weight.trim_start_matches("default ") == "50"),
-            "{weight:?}"
-        );
+                .map(|line| line.trim_start_matches("default "));
+            let high = file("memory.high").ok()?;
+            (high == (48 << 20).to_string() && weights.any(|weight| weight == "50")).then_some(())
+        })
+        .await
+        .with_context(|| format!("{:?}, {:?}", file("memory.high"), file("io.weight")))?;
         // The task runs on below it.
         ensure!(scope.main()? == main && scope.dir.starts_with(slice));
         alloc.stop().await?;
