@@ -9,10 +9,11 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: test
-test: host ## every test: units and protocol here, the rest in Debian 13 and 12 guests (root; about an hour on a new machine)
+test: host packages ## every test: units and protocol here, the rest in Debian 13 and 12 guests (root; about an hour on a new machine)
 	@echo '== unit, protocol and helper tests on this machine'
 	@status=0; \
 	$(TEST) --workspace --no-fail-fast || status=1; \
+	$(TEST) --test package || status=1; \
 	echo '== tests inside the guests'; \
 	$(TEST) --test guests || status=1; \
 	exit $$status
@@ -30,6 +31,15 @@ soak: host ## many random lives of tasks, then the guest tests again and again: 
 		echo "== round $$round of $(ROUNDS)"; \
 		$(TEST) --test guests || exit 1; \
 	done
+
+.PHONY: packages
+packages: ## the .deb, the .rpm and a tarball into target/package
+	@tests/harness/host-setup packages
+	packaging/build.sh
+
+.PHONY: reproduce
+reproduce: packages ## builds the packages once more, executable and all, from another directory, and compares
+	packaging/reproduce.sh
 
 GUEST ?= trixie-qemu
 .PHONY: demo
@@ -52,7 +62,7 @@ pages: ## manual pages and shell completions anew, after a change of the command
 lint: ## formatting and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
-	$(CARGO) clippy --locked --test guests -- --deny warnings
+	$(CARGO) clippy --locked --test guests --test package -- --deny warnings
 
 .PHONY: host
 host:

@@ -25,8 +25,11 @@ pub struct Scope<'a> {
 }
 
 /// Properties that some supported systemd does not have for scopes, and whose loss costs no limit: OOMPolicy came with
-/// 253 (`Delegate=` alone has the same effect), PIDFDs with 254.
-const OPTIONAL: [&str; 2] = ["OOMPolicy", "PIDFDs"];
+/// 253 (`Delegate=` alone has the same effect), PIDFDs with 254. Documentation is for people alone.
+const OPTIONAL: [&str; 3] = ["Documentation", "OOMPolicy", "PIDFDs"];
+
+/// What `systemctl status` points to, and `systemctl help` opens.
+const MANUAL: &str = "man:nomad-driver-exec2(8)";
 
 const INFINITY: u64 = u64::MAX;
 
@@ -38,6 +41,7 @@ impl Scope<'_> {
         let limits = self.limits;
         let mut properties: Vec<(&'static str, Variant<'_>)> = vec![
             ("Description", Variant::from(self.description.as_str())),
+            ("Documentation", Variant::from(vec![MANUAL])),
             ("Slice", Variant::from(self.slice)),
             // Sub-cgroups are the task's to make; an OOM kill of one process does not stop the whole scope.
             ("Delegate", Variant::from(true)),

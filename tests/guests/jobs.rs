@@ -127,6 +127,7 @@ fn a_service_lives_in_a_scope_of_its_own(context: &Context) -> Result<()> {
             "ActiveState",
             "Slice",
             "Description",
+            "Documentation",
             "MemoryMax",
             "MemoryLow",
             "CPUQuotaPerSecUSec",
@@ -140,13 +141,16 @@ fn a_service_lives_in_a_scope_of_its_own(context: &Context) -> Result<()> {
             ("ActiveState", "active"),
             ("Slice", "exec2-share.slice"),
             ("Description", description.as_str()),
+            ("Documentation", "man:nomad-driver-exec2(8)"),
             ("MemoryMax", &(128 * MIB).to_string()),
             ("MemoryLow", &(64 * MIB).to_string()),
             ("CPUQuotaPerSecUSec", "500ms"),
             ("TasksMax", "16384"),
             ("Delegate", "yes"),
         ] {
-            ensure!(shown[property] == value, "{property}: {shown:?}");
+            // Each word of a list is in quotes.
+            let shown = shown[property].trim_matches('"');
+            ensure!(shown == value, "{property}: {shown}");
         }
         // At the host's shutdown the agent stops first, and stops its tasks as it does.
         let own = fs::read_to_string("/proc/self/cgroup")?;

@@ -22,6 +22,7 @@ mod leaks;
 mod life;
 mod life_cycle;
 mod nomad;
+mod packages;
 mod programs;
 mod reboot;
 mod recovery;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         cores::CASES,
         examples::CASES,
         programs::CASES,
+        packages::CASES,
         bad_input::CASES,
         hostile::CASES,
         compat::CASES,
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
     guest::main(&Suite {
         cases: &cases,
         driver: Path::new(env!("CARGO_BIN_EXE_nomad-driver-exec2")),
+        packages: &Path::new(env!("CARGO_MANIFEST_DIR")).join("target/package"),
         logs: &Path::new(env!("CARGO_TARGET_TMPDIR")).join("guests"),
     })
 }

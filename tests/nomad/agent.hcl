@@ -1,8 +1,8 @@
 # A single node, server and client in one, for tests. Words in @…@ are filled in by the harness.
 
 # Not -dev: that agent destroys its allocations when it stops, and restores none.
-data_dir   = "@DATA@/data"
-plugin_dir = "@DATA@/plugins" # holds our binary and nothing else
+data_dir   = "@DATA@"
+plugin_dir = "@PLUGINS@" # holds our binary and nothing else
 
 bind_addr = "127.0.0.1"
 

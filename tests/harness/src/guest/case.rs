@@ -1,5 +1,6 @@
 //! A case: one behaviour, looked at from inside a guest.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
+use super::payload::PACKAGES;
 use super::{GuestName, Kind, PAYLOAD_DIR};
 
 /// Where a case has something to see.
@@ -178,6 +180,14 @@ impl Context {
     /// The real agent. Only for cases of `Subject::Agent`.
     pub fn agent(&self) -> PathBuf {
         self.payload(&payload_name(self.agent.as_deref().unwrap_or_default()))
+    }
+
+    /// The Debian package under test.
+    pub fn package(&self) -> Result<PathBuf> {
+        let files = fs::read_dir(self.payload(PACKAGES))?.flatten();
+        let mut paths = files.map(|file| file.path());
+        let found = paths.find(|path| !path.to_string_lossy().contains("-dbgsym_"));
+        found.context("there is no package among the files under test: `make packages` comes first")
     }
 
     pub fn payload(&self, name: &str) -> PathBuf {

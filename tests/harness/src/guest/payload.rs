@@ -19,6 +19,9 @@ pub const IMAGE_SIZE: &str = "1536M";
 /// A file in a payload with an empty ext4 file system in it: not every guest can make one.
 pub const SMALL_DISK: &str = "small.ext4";
 
+/// The directory in a payload with what `make packages` has built.
+pub const PACKAGES: &str = "packages";
+
 #[derive(Debug)]
 pub struct Payload {
     run: RunDir,
@@ -50,6 +53,22 @@ impl Payload {
         command.args(["-q", "-F", "-t", "ext4"]);
         command.arg(self.dir().join(SMALL_DISK)).arg("4M");
         child::succeed(&mut command, Duration::from_secs(60))?;
+        Ok(self)
+    }
+
+    /// Adds the packages, where there are some.
+    pub fn with_packages(self, built: &Path) -> Result<Payload> {
+        let dir = self.dir().join(PACKAGES);
+        fs::create_dir(&dir)?;
+        for entry in fs::read_dir(built).into_iter().flatten() {
+            let path = entry?.path();
+            if let Some(name) = path
+                .file_name()
+                .filter(|_| path.extension() == Some("deb".as_ref()))
+            {
+                fs::copy(&path, dir.join(name))?;
+            }
+        }
         Ok(self)
     }
 

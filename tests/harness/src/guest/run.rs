@@ -22,6 +22,8 @@ use super::{Boot, Exit, Guest, GuestName, Kind, PAYLOAD_DIR, Payload, Tier, chil
 pub struct Suite<'a> {
     pub cases: &'a [Case],
     pub driver: &'a Path,
+    /// Where `make packages` leaves the packages.
+    pub packages: &'a Path,
     /// Where the journal and console of a guest with failed cases are kept.
     pub logs: &'a Path,
 }
@@ -189,7 +191,9 @@ impl Selection {
         ];
         let agents = payload_names.iter().zip(&agents);
         files.extend(agents.map(|(name, agent)| (name.as_str(), agent.path.as_path())));
-        let payload = Payload::new(&files)?.with_small_disk()?;
+        let payload = Payload::new(&files)?
+            .with_small_disk()?
+            .with_packages(suite.packages)?;
         let tally = Tally::default();
         let run = Run {
             cases: suite.cases,

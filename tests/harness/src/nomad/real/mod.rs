@@ -32,6 +32,8 @@ pub struct RealConfig {
     pub nomad: PathBuf,
     /// The plugin's executable, copied into a plugin_dir of its own.
     pub plugin: PathBuf,
+    /// Nomad's data_dir, with a plugin in the default plugin_dir, in place of directories of this agent's own with a copy of `plugin`.
+    pub data_dir: Option<PathBuf>,
     /// What stands in the plugin block's `config`.
     pub plugin_config: String,
     /// The plugin block's `args`.
@@ -53,6 +55,7 @@ impl RealConfig {
         RealConfig {
             nomad: nomad.into(),
             plugin: plugin.into(),
+            data_dir: None,
             plugin_config: String::new(),
             plugin_args: Vec::new(),
             start: Start::Service("nomad".into()),
@@ -137,8 +140,10 @@ impl RealAgent {
         )?;
         let plugins = data.path().join("plugins");
         std::fs::create_dir(&plugins)?;
-        std::fs::copy(&config.plugin, plugins.join(PLUGIN))
-            .with_context(|| config.plugin.display().to_string())?;
+        if config.data_dir.is_none() {
+            std::fs::copy(&config.plugin, plugins.join(PLUGIN))
+                .with_context(|| config.plugin.display().to_string())?;
+        }
         let text = setup::agent_hcl(&config, data.path())?;
         std::fs::write(data.path().join("agent.hcl"), text)?;
         RealAgent::spawned(config, data).await
@@ -233,9 +238,14 @@ impl RealAgent {
 
     /// `systemctl restart nomad`: tasks stay.
     pub async fn restart(&mut self) -> Result<()> {
+        self.restart_as("Healthy").await
+    }
+
+    /// The same, until our driver's health description starts with these words; a node without the driver has none.
+    pub async fn restart_as(&mut self, description: &str) -> Result<()> {
         self.end(End::Graceful).await?;
         self.spawn().await?;
-        self.ready("Healthy").await
+        self.ready(description).await
     }
 
     /// SIGKILL of the agent, and another on the same data.
@@ -268,7 +278,7 @@ impl RealAgent {
             // An interrupted agent exits with 1, which systemd remembers.
             let _ = run(Command::new("systemctl").args(["reset-failed", unit])).await;
         }
-        unmount_below(self.data.path())
+        unmount_below(self.config.data_dir.as_deref().unwrap_or(self.data.path()))
     }
 
     async fn end(&mut self, how: End) -> Result<()> {

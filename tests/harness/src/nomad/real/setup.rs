@@ -20,8 +20,13 @@ pub(super) fn agent_hcl(config: &RealConfig, data: &Path) -> Result<String> {
     let compute = config
         .total_compute_mhz
         .map_or(String::new(), |mhz| format!("cpu_total_compute = {mhz}"));
+    let (data, plugins) = match &config.data_dir {
+        Some(dir) => (dir.clone(), dir.join("plugins")),
+        None => (data.join("data"), data.join("plugins")),
+    };
     let filled = TEMPLATE
         .replace("@DATA@", &data.to_string_lossy())
+        .replace("@PLUGINS@", &plugins.to_string_lossy())
         .replace("@HTTP@", &config.port.to_string())
         .replace("@RPC@", &(config.port + 1).to_string())
         .replace("@SERF@", &(config.port + 2).to_string())
