@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use super::terminal::say;
 use super::{Ending, Run, RunError, inherited, node};
+use crate::cli::terminal::say;
 use crate::host;
 use crate::job::alloc_dir::TaskPaths;
 use crate::job::environment::Placed;

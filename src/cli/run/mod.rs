@@ -2,7 +2,6 @@
 
 mod job;
 mod node;
-pub mod terminal;
 mod values;
 
 use std::collections::BTreeMap;
@@ -18,8 +17,9 @@ use tokio::time::timeout;
 use tokio_stream::StreamExt;
 
 use self::job::JobTask;
-use self::terminal::{Stops, copied_to, say};
+
 use self::values::{assignment, mebibytes, volume};
+use super::terminal::{Stops, copied_to, say};
 use crate::config::plugin::PluginConfig;
 use crate::config::task::TaskOptions;
 use crate::host;
