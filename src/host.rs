@@ -149,9 +149,9 @@ pub fn quota_grain(version: &str) -> QuotaGrain {
     }
 }
 
-/// The service that we, and so the agent, run in.
-pub fn agent_unit() -> Option<String> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+/// The service that a process of the agent runs in; we are one.
+pub fn agent_unit(process: &str) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
     let unit = Path::new(cgroup::unified(&text)?).file_name()?.to_str()?;
     unit.ends_with(".service").then(|| unit.to_owned())
 }

@@ -165,7 +165,8 @@ const ROOMS: [Room; 17] = [
     Room {
         name: "cli",
         rooms: &[
-            "agent", "cgroup", "config", "host", "job", "plan", "record", "systemd", "task", "text", "users",
+            "agent", "cgroup", "config", "host", "job", "plan", "record", "systemd", "task",
+            "text", "users",
         ],
         crates: &[
             "clap",

@@ -171,10 +171,7 @@ impl Parser<'_> {
             return self.string();
         }
         let is_word = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.');
-        let end = self
-            .rest
-            .find(|c| !is_word(c))
-            .unwrap_or(self.rest.len());
+        let end = self.rest.find(|c| !is_word(c)).unwrap_or(self.rest.len());
         if end == 0 {
             return Err(match self.rest.chars().next() {
                 Some(found) => self.wrong(&format!("a key is expected, not {found:?}")),
@@ -272,7 +269,11 @@ impl Parser<'_> {
     fn heredoc(&mut self) -> Result<String, JobError> {
         let no_end = || JobError::new(self.line, "a text has no end");
         let (first, _) = self.rest.split_once('\n').ok_or_else(no_end)?;
-        let mark = first.trim_start_matches('<').trim_start_matches('-').trim().to_owned();
+        let mark = first
+            .trim_start_matches('<')
+            .trim_start_matches('-')
+            .trim()
+            .to_owned();
         self.advance(first.len() + 1);
         let (mut text, mut length) = (String::new(), 0);
         for line in self.rest.split_inclusive('\n') {
@@ -314,7 +315,10 @@ mod tests {
         };
         assert_eq!(keys(inner), [("http", 2), ("rpc", 2)]);
         let list = value(entries[3].node.clone()).to_string();
-        assert_eq!(list, r#"[1, true, "é${x("y")}", {"a" = 1.5}]"#.replace("\"y\"", "\\\"y\\\""));
+        assert_eq!(
+            list,
+            r#"[1, true, "é${x("y")}", {"a" = 1.5}]"#.replace("\"y\"", "\\\"y\\\"")
+        );
     }
 
     #[test]

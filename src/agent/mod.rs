@@ -232,7 +232,8 @@ fn read(file: &Path) -> Result<Vec<Entry>, String> {
     if text.len() as u64 > MAX_FILE_BYTES {
         return Err(failed(&"is longer than any configuration"));
     }
-    hcl1::parse(&text).map_err(|error| format!("{}:{}: {}", file.display(), error.line, error.message))
+    hcl1::parse(&text)
+        .map_err(|error| format!("{}:{}: {}", file.display(), error.line, error.message))
 }
 
 #[cfg(test)]
@@ -257,7 +258,11 @@ mod tests {
             "b.json",
             r#"{"data_dir": "/b", "client": {"options": {"driver.denylist": "docker, exec2"}}}"#,
         );
-        write(dir.path(), "c.hcl", "plugin \"x\" {\n config {\n k = 2\n}\n}");
+        write(
+            dir.path(),
+            "c.hcl",
+            "plugin \"x\" {\n config {\n k = 2\n}\n}",
+        );
         write(dir.path(), "z.txt", "data_dir = \"/z\"");
         write(dir.path(), "z.hcl~", "data_dir = \"/z\"");
         write(dir.path(), "d.hcl", "client {\n enabled = \n}");
@@ -283,10 +288,7 @@ mod tests {
         config.take(Path::new("x"), hcl1::parse(text).unwrap());
         assert!(config.is_client && config.plugins.len() == 1, "{config:?}");
         assert_eq!(config.cpu_total_compute, Some(2000));
-        assert_eq!(
-            config.alloc_dirs().1,
-            Path::new("/opt/nomad/alloc_mounts")
-        );
+        assert_eq!(config.alloc_dirs().1, Path::new("/opt/nomad/alloc_mounts"));
         assert_eq!(config.plugins["nomad-driver-exec2"].config.len(), 1);
     }
 }

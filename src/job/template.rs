@@ -11,6 +11,23 @@ use super::{JobError, RunTime, Target, Template};
 
 /// Writes every template of a task and returns what they add to its environment.
 pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> {
+    each(placed, |path, template| {
+        create_parent(path)?;
+        fs::write(path, &template.data)?;
+        chown(path, template.uid, template.gid)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(template.mode))
+    })
+}
+
+/// What the templates of a task add to its environment; nothing is written.
+pub fn environment(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> {
+    each(placed, |_, _| Ok(()))
+}
+
+fn each(
+    placed: &Placed<'_>,
+    act: impl Fn(&Path, &Template) -> io::Result<()>,
+) -> Result<BTreeMap<String, String>, JobError> {
     let known = RunTime::new(
         variables(placed)
             .into_iter()
@@ -20,7 +37,12 @@ pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> 
     let mut env = BTreeMap::new();
     for template in &placed.task.templates {
         let destination = PathBuf::from(known.string(&template.destination, template.line)?);
-        write_one(&placed.paths.root, &destination, template)?;
+        below(&placed.paths.root, &destination)
+            .and_then(|path| act(&path, template))
+            .map_err(|error| {
+                let message = format!("template destination `{}`: {error}", destination.display());
+                JobError::new(template.line, message)
+            })?;
         if template.target == Target::Environment {
             env.extend(assignments(&template.data));
         }
@@ -43,19 +65,6 @@ pub fn write_payload(placed: &Placed<'_>, payload: &[u8]) -> Result<(), JobError
             file.line,
             format!("dispatch_payload file `{name}`: {error}"),
         )
-    })
-}
-
-fn write_one(root: &Path, destination: &Path, template: &Template) -> Result<(), JobError> {
-    let written = below(root, destination).and_then(|path| {
-        create_parent(&path)?;
-        fs::write(&path, &template.data)?;
-        chown(&path, template.uid, template.gid)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(template.mode))
-    });
-    written.map_err(|error| {
-        let message = format!("template destination `{}`: {error}", destination.display());
-        JobError::new(template.line, message)
     })
 }
 

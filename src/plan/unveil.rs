@@ -158,7 +158,6 @@ pub fn operators(unveil_paths: &[String]) -> Result<Vec<Rule>, UnveilError> {
     list("unveil_paths", unveil_paths, Source::Plugin)
 }
 
-
 /// The path relative to the task's directory, if it is one below any name of that.
 pub fn own_place(path: &Path, aliases: &[Alias]) -> Option<PathBuf> {
     aliases.iter().find_map(|alias| alias.below(path))

@@ -83,7 +83,10 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
             "driver.exec2.systemd.version",
             Attribute::Text(systemd.clone().unwrap_or_default()),
         ),
-        ("driver.exec2.degraded", Attribute::Text(host.degraded().join("; "))),
+        (
+            "driver.exec2.degraded",
+            Attribute::Text(host.degraded().join("; ")),
+        ),
     ]);
     let attributes = attributes
         .into_iter()

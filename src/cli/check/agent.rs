@@ -86,10 +86,16 @@ impl Agent {
 
     fn process(&self) -> Line {
         match self.running.as_slice() {
-            [] => Line::warning("agent", "no Nomad agent runs on this host; start it (systemctl start nomad)"),
+            [] => Line::warning(
+                "agent",
+                "no Nomad agent runs on this host; start it (systemctl start nomad)",
+            ),
             [agent, ..] if agent.uid != 0 => Line::error(
                 "agent",
-                format!("process {} runs with uid {}; run the agent as root", agent.pid, agent.uid),
+                format!(
+                    "process {} runs with uid {}; run the agent as root",
+                    agent.pid, agent.uid
+                ),
             ),
             [agent] => Line::ok("agent", format!("process {} runs as root", agent.pid)),
             [first, others @ ..] => Line::warning(
@@ -105,7 +111,10 @@ impl Agent {
 
     fn files(&self) -> Vec<Line> {
         let shown = |paths: &[PathBuf]| {
-            let all: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+            let all: Vec<_> = paths
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect();
             all.join(", ")
         };
         let mut lines: Vec<Line> = self
@@ -115,7 +124,8 @@ impl Agent {
             .map(|problem| Line::error("config", format!("{problem}; see nomad config validate")))
             .collect();
         let is_default = self.paths == [Path::new(DEFAULT)];
-        let is_absent = fs::metadata(DEFAULT).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        let is_absent =
+            fs::metadata(DEFAULT).is_err_and(|error| error.kind() == ErrorKind::NotFound);
         if is_default && is_absent {
             lines.clear();
         }
@@ -184,7 +194,11 @@ impl Agent {
         let ours = entries.iter().find(|entry| entry.kind == Kind::Ours);
         let label = ours.map_or(LABEL.to_owned(), Entry::label);
         let Some(block) = self.config.plugins.get(&label) else {
-            let near = self.config.plugins.keys().find(|name| name.contains(DRIVER));
+            let near = self
+                .config
+                .plugins
+                .keys()
+                .find(|name| name.contains(DRIVER));
             let sentence = match near {
                 Some(near) => format!(
                     "plugin \"{near}\" names no file of the driver; the label is the file's name: plugin \"{label}\" {{ config {{}} }}"

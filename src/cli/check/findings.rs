@@ -1,9 +1,10 @@
 //! What is wrong with a list of unveil rules on this host, or useless in it.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::plan::steps::{Access, Place, Rule, Source};
+use crate::plan::steps::{Access, Order, Place, Rule, Source};
 use crate::plan::unveil::Overruled;
 
 /// Something about one rule.
@@ -200,6 +201,63 @@ fn includes(all: Access, part: Access) -> bool {
         && (all.write || !part.write)
         && (all.execute || !part.execute)
         && (all.create || !part.create)
+}
+
+/// What this host says of a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    Found(String),
+    /// In a directory of the task's own, or on a volume: only a start can tell.
+    Own,
+    /// In the launcher's words.
+    Wrong(String),
+}
+
+/// Finds the command as the launcher does, as far as the host's files tell.
+pub fn command(order: &Order) -> Command {
+    let mut denied = None;
+    for candidate in order.candidates() {
+        let path = Path::new(&candidate);
+        let is_laid_over = order.binds.iter().any(|bind| match &bind.target {
+            Place::Host(target) => path.starts_with(target),
+            Place::Task(_) => false,
+        });
+        let is_own = path.is_relative()
+            || path.starts_with(&order.task_dir.path)
+            || (path.starts_with("/tmp") && !path.exists());
+        if is_laid_over || is_own {
+            return Command::Own;
+        }
+        let Ok(real) = fs::canonicalize(path) else {
+            continue;
+        };
+        let is_program = fs::metadata(&real)
+            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+        let is_open = order.rules.iter().any(|rule| match &rule.place {
+            Place::Host(open) => {
+                rule.access.execute
+                    && fs::canonicalize(open).is_ok_and(|open| real.starts_with(open))
+            }
+            Place::Task(_) => false,
+        });
+        if is_program && is_open {
+            return Command::Found(candidate);
+        }
+        denied.get_or_insert(candidate);
+    }
+    let name = &order.command;
+    let sentence = match (denied, order.search_path()) {
+        (Some(found), search) => {
+            let found = search.map_or(String::new(), |_| format!("found as {found}; "));
+            format!(
+                "command {name:?}: permission denied ({found}is it unveiled with \"rx\", its interpreter and libraries too, and executable by uid {}?)",
+                order.uid
+            )
+        }
+        (None, Some(path)) => format!("command {name:?}: not found in PATH {path:?}"),
+        (None, None) => format!("command {name:?}: no such file or directory"),
+    };
+    Command::Wrong(sentence)
 }
 
 #[cfg(test)]

@@ -38,7 +38,9 @@ pub fn lines(host: &Host, facts: &Facts) -> Vec<Line> {
     let mut lines = vec![match host.lack(Need::Root, &facts.systemd) {
         Some(sentence) => Line::error(
             "root",
-            format!("{sentence}, and this command does not; try sudo, as not all can be seen without"),
+            format!(
+                "{sentence}, and this command does not; try sudo, as not all can be seen without"
+            ),
         ),
         None => Line::ok("root", "this command runs as root"),
     }];
@@ -52,10 +54,17 @@ pub fn lines(host: &Host, facts: &Facts) -> Vec<Line> {
     if host.is_unified {
         for (name, controller) in CONTROLLER_NAMES.into_iter().zip(&CONTROLLERS) {
             let need = Need::Controllers(std::slice::from_ref(controller));
-            lines.push(judge(name, need, format!("the {controller} controller is there")));
+            lines.push(judge(
+                name,
+                need,
+                format!("the {controller} controller is there"),
+            ));
         }
         lines.push(match host.cpuset_lack() {
-            Some(lack) => Line::warning("cpuset", format!("{lack}; check cgroup_disable= and v1 mounts")),
+            Some(lack) => Line::warning(
+                "cpuset",
+                format!("{lack}; check cgroup_disable= and v1 mounts"),
+            ),
             None => Line::ok("cpuset", "the cpuset controller is there"),
         });
     }
@@ -74,7 +83,9 @@ pub fn lines(host: &Host, facts: &Facts) -> Vec<Line> {
 const CONTROLLER_NAMES: [&str; 3] = ["cpu", "memory", "pids"];
 
 fn kernel(release: &str) -> Line {
-    let mut numbers = release.split(['.', '-']).map(|part| part.parse::<u32>().ok());
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.parse::<u32>().ok());
     match (numbers.next().flatten(), numbers.next().flatten()) {
         (Some(major), Some(minor)) if (major, minor) < OLDEST_KERNEL => {
             let (major, minor) = OLDEST_KERNEL;
@@ -84,7 +95,10 @@ fn kernel(release: &str) -> Line {
             )
         }
         (Some(_), Some(_)) => Line::ok("kernel", format!("Linux {release}")),
-        _ => Line::warning("kernel", format!("{release:?} is no version of Linux; look at uname -r")),
+        _ => Line::warning(
+            "kernel",
+            format!("{release:?} is no version of Linux; look at uname -r"),
+        ),
     }
 }
 
@@ -103,7 +117,10 @@ fn landlock(host: &Host, facts: &Facts) -> Line {
         None => Line::ok("landlock", listed),
         Some(what) => Line::warning(
             "landlock",
-            format!("{listed}: {}; Linux 6.2 or newer governs that", what.replace("; ", ", ")),
+            format!(
+                "{listed}: {}; Linux 6.2 or newer governs that",
+                what.replace("; ", ", ")
+            ),
         ),
     }
 }
@@ -119,11 +136,13 @@ fn bus(host: &Host, facts: &Facts) -> Line {
         .and_then(|number| number.parse().ok())
         .unwrap_or(0);
     if number < OLDEST_SYSTEMD {
-        let sentence =
-            format!("systemd {version} is too old; install {OLDEST_SYSTEMD} or newer");
+        let sentence = format!("systemd {version} is too old; install {OLDEST_SYSTEMD} or newer");
         return Line::error("bus", sentence);
     }
-    Line::ok("bus", format!("systemd {version} answers on the system bus"))
+    Line::ok(
+        "bus",
+        format!("systemd {version} answers on the system bus"),
+    )
 }
 
 #[cfg(test)]
@@ -160,7 +179,10 @@ mod tests {
     fn a_fit_host_has_a_line_for_each_fact() {
         let lines = lines(&FIT, &facts());
         assert_eq!(lines.len(), 10, "{lines:?}");
-        assert!(lines.iter().all(|line| line.status == Status::Ok), "{lines:?}");
+        assert!(
+            lines.iter().all(|line| line.status == Status::Ok),
+            "{lines:?}"
+        );
     }
 
     #[test]
@@ -204,6 +226,9 @@ mod tests {
             ..FIT
         };
         let warning = |name| (name, Status::Warning);
-        assert_eq!(not_ok(&host, &facts()), [warning("landlock"), warning("cpuset")]);
+        assert_eq!(
+            not_ok(&host, &facts()),
+            [warning("landlock"), warning("cpuset")]
+        );
     }
 }

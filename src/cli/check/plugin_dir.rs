@@ -17,7 +17,9 @@ const EXEC2: &[u8] = b"nomad-driver-exec2";
 /// What one file in it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    Dangling { target: PathBuf },
+    Dangling {
+        target: PathBuf,
+    },
     NotExecutable,
     /// This driver.
     Ours,
@@ -104,7 +106,9 @@ pub fn lines(dir: &Path, entries: &[Entry], is_named: impl Fn(&str) -> bool) -> 
             ),
             Kind::NotExecutable if is_named(&label) => Line::error(
                 NAME,
-                format!("{path} is not executable, so that the agent passes it over; chmod 755 {path}"),
+                format!(
+                    "{path} is not executable, so that the agent passes it over; chmod 755 {path}"
+                ),
             ),
             Kind::NotExecutable => Line::warning(
                 NAME,
@@ -112,16 +116,19 @@ pub fn lines(dir: &Path, entries: &[Entry], is_named: impl Fn(&str) -> bool) -> 
             ),
             Kind::Exec2 => Line::warning(
                 NAME,
-                format!("{path} offers exec2, too, or starts what does, and is not this driver; keep one of them, as Nomad takes the one with the higher version"),
+                format!(
+                    "{path} offers exec2, too, or starts what does, and is not this driver; keep one of them, as Nomad takes the one with the higher version"
+                ),
             ),
             Kind::Foreign if !is_named(&label) => Line::warning(
                 NAME,
-                format!("{path} is in no plugin block, and an agent before Nomad 1.10 starts it all the same and fails if it is no plugin; keep nothing but plugins there"),
+                format!(
+                    "{path} is in no plugin block, and an agent before Nomad 1.10 starts it all the same and fails if it is no plugin; keep nothing but plugins there"
+                ),
             ),
-            Kind::Unreadable(error) => Line::warning(
-                NAME,
-                format!("{path} cannot be read ({error}); try sudo"),
-            ),
+            Kind::Unreadable(error) => {
+                Line::warning(NAME, format!("{path} cannot be read ({error}); try sudo"))
+            }
             Kind::Ours | Kind::Foreign => continue,
         };
         lines.push(line);
@@ -179,7 +186,14 @@ mod tests {
         };
         assert_eq!(
             kinds,
-            [Kind::Foreign, Kind::Exec2, Kind::NotExecutable, gone, Kind::Ours, Kind::Ours]
+            [
+                Kind::Foreign,
+                Kind::Exec2,
+                Kind::NotExecutable,
+                gone,
+                Kind::Ours,
+                Kind::Ours
+            ]
         );
         let statuses = |named: &str| -> Vec<Status> {
             let lines = lines(dir, &entries, |label| label == named);
@@ -187,7 +201,10 @@ mod tests {
         };
         use Status::{Error, Warning};
         assert_eq!(statuses("a-other"), [Warning, Warning, Warning, Error]);
-        assert_eq!(statuses("c-notes.txt"), [Warning, Warning, Warning, Error, Error]);
+        assert_eq!(
+            statuses("c-notes.txt"),
+            [Warning, Warning, Warning, Error, Error]
+        );
     }
 
     #[test]
