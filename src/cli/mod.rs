@@ -68,6 +68,20 @@ mod tests {
     }
 
     #[test]
+    fn a_check_is_of_the_host_or_of_a_job_file() {
+        for line in [
+            "check",
+            "check --json --config /a --config /b",
+            "check --task g/t --var a=1 --volume d=/srv --memory 64M web.nomad.hcl",
+        ] {
+            assert!(is_taken(line), "{line}");
+        }
+        for line in ["check -- true", "check a.hcl b.hcl", "check --watch"] {
+            assert!(!is_taken(line), "{line}");
+        }
+    }
+
+    #[test]
     fn a_run_is_of_a_command_or_of_a_job_file() {
         Arguments::command().debug_assert();
         let is_taken = |line: &str| is_taken(&format!("run {line}"));

@@ -428,10 +428,7 @@ async fn compare_with(
         Config::default().core_mhz * cores
     ))?;
     let job = job_file(text)?;
-    let ground = Ground::survey()?;
     let (tasks, code) = told(check(context, &files).arg(job.path()))?;
-    let left = ground.left()?;
-    ensure!(left.is_empty(), "check left {left:?}");
     ensure!(code == 0 && tasks.len() == names.len(), "{tasks:#?}");
     for object in &tasks {
         let task = object["task"].as_str().context("no name")?;
@@ -439,7 +436,7 @@ async fn compare_with(
         let plan = &object["plan"];
         compare_task(context, plan, alloc, name)
             .await
-            .with_context(|| format!("{task}: {plan:#}"))?;
+            .with_context(|| task.to_owned())?;
     }
     Ok(tasks)
 }
@@ -458,6 +455,10 @@ async fn compare_task(
         .join(&scope.unit);
     let main = until("the task is its command", || scope.main().ok()).await?;
 
+    // They go to their data, and write their titles over the environment.
+    let programs = ["nginx", "redis-server", "postgres"];
+    let goes_its_own_way = programs.contains(&proc_file(main, "comm")?.as_str());
+
     let uid = status(main, "Uid")?;
     let mut uids = uid.split_whitespace();
     let seen: u64 = uids.next().context("a uid")?.parse()?;
@@ -475,7 +476,10 @@ async fn compare_task(
     let cwd = fs::read_link(format!("/proc/{main}/cwd"))?;
     let foretold = plan["work_dir"].as_str().context("work_dir")?;
     let foretold = foretold.replace(ALLOC_ID, alloc.id());
-    ensure!(cwd == Path::new(&foretold), "{cwd:?} is not {foretold}");
+    ensure!(
+        cwd == Path::new(&foretold) || (goes_its_own_way && cwd.starts_with(&foretold)),
+        "{cwd:?} is not {foretold}"
+    );
     ensure!(plan["oom_score_adj"].to_string() == proc_file(main, "oom_score_adj")?);
     let network = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/net")).map(|meta| meta.ino());
     let is_hosts = network(&main.to_string())? == network("1")?;
@@ -534,7 +538,10 @@ async fn compare_task(
         .iter()
         .filter(|name| !seen.contains(name.as_str()) && !["TERM", "LANG"].contains(&name.as_str()))
         .collect();
-    ensure!(lost.is_empty(), "not in the environment: {lost:?}");
+    ensure!(
+        lost.is_empty() || goes_its_own_way,
+        "not in the environment: {lost:?}"
+    );
     ensure!(
         added == ["HOME", "NOMAD_WORK_DIR", "TMPDIR", "USER"],
         "{added:?}"
@@ -651,6 +658,7 @@ fn of_job(context: &Context, files: &Files, options: &[&str], text: &str) -> Res
 }
 
 fn what_would_not_start_or_has_no_effect_is_told_with_its_line(context: &Context) -> Result<()> {
+    let ground = Ground::survey()?;
     let job = |config: &str, task: &str| {
         format!(
             "job \"j\" {{\ngroup \"g\" {{\ntask \"t\" {{\ndriver = \"exec2\"\n{task}\nconfig {{\ncommand = \"true\"\n{config}\n}}\n}}\n}}\n}}\n"
@@ -799,6 +807,9 @@ fn what_would_not_start_or_has_no_effect_is_told_with_its_line(context: &Context
         plan["environment"]["names"].to_string().contains("\"A\""),
         "{plan:#}"
     );
+    drop((open, shut));
+    let left = ground.left()?;
+    ensure!(left.is_empty(), "it left {left:?}");
     Ok(())
 }
 

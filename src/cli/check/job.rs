@@ -142,18 +142,20 @@ pub async fn check(file: &Path, given: &Given, agent: &Agent) -> Result<Vec<Chec
 impl Surroundings<'_> {
     fn check(&self, job: &Job, group: Group, task: Task) -> Checked {
         let mut checked = Checked {
-            task: format!("{}/{}", group.name, task.name),
+            task: one_line(&format!("{}/{}", group.name, task.name), MAX_SENTENCE_BYTES),
             plan: None,
             findings: Vec::new(),
             at_start: self.at_start(job, &group, &task),
         };
         let written = task.clone();
+        let safe = |what: String| one_line(&what, MAX_SENTENCE_BYTES);
         match self.plan(job, group, task, &mut checked) {
             Ok((request, account, plan)) => {
                 self.judge(&written, &request, account, &plan, &mut checked)
             }
             Err(error) => checked.findings.push(Line::error("start", error)),
         }
+        checked.at_start = checked.at_start.into_iter().map(safe).collect();
         checked
     }
 
