@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context, Kind};
@@ -21,6 +22,11 @@ use crate::programs::{GO, JAVA, NGINX, NODE, POSTGRESQL, PYTHON, REDIS};
 use crate::run_job::{ENV, EXIT7, SERVICE};
 
 pub const CASES: &[Case] = &[
+    case!(
+        Speed,
+        Ours,
+        the_agent_that_runs_tells_where_its_configuration_is
+    ),
     case!(Both, Ours, a_host_is_told_fit_or_what_it_lacks),
     case!(Speed, Ours, each_lack_of_a_host_is_told_with_its_remedy),
     case!(Speed, Ours, the_plugin_directory_is_judged_file_by_file),
@@ -333,7 +339,7 @@ fn the_agents_configuration_is_judged_as_the_plugin_would(context: &Context) -> 
         ),
         (
             plugin("unveil_paths = [\"r:/no/such\"]"),
-            "unveil_paths: unveil_paths r:/no/such: no such file or directory; correct",
+            "unveil_paths: r:/no/such: no such file or directory; correct",
         ),
         (
             plugin("").replace("true", "false"),
@@ -377,6 +383,76 @@ fn the_agents_configuration_is_judged_as_the_plugin_would(context: &Context) -> 
         errors.contains("config: /no/such: No such file"),
         "{errors}"
     );
+    Ok(())
+}
+
+/// A process that looks like an agent: where its files are is told by its arguments.
+struct Agents {
+    child: Child,
+}
+
+impl Agents {
+    fn start(files: &Files, uid: u32) -> Result<Agents> {
+        // `nomad agent -config …` is a shell with a script of that name, which waits for its stdin's end.
+        fs::write(files.dir.path().join("agent"), "read line\n")?;
+        fs::set_permissions(files.dir.path(), fs::Permissions::from_mode(0o755))?;
+        let child = Command::new("/bin/sh")
+            .arg0("nomad")
+            .args(["agent", "-config", "agent.hcl"])
+            .current_dir(files.dir.path())
+            .uid(uid)
+            .stdin(Stdio::piped())
+            .spawn()?;
+        Ok(Agents { child })
+    }
+
+    fn end(mut self) -> Result<()> {
+        drop(self.child.stdin.take());
+        self.child.wait()?;
+        Ok(())
+    }
+}
+
+fn the_agent_that_runs_tells_where_its_configuration_is(context: &Context) -> Result<()> {
+    let files = Files::new(context, "pids_max = 77")?;
+    let lines = || told(Command::new(context.driver()).arg("check"));
+    for (uid, status, sentence) in [
+        (0, "ok", "runs as root; -"),
+        (
+            65_534,
+            "error",
+            "runs with uid 65534; run the agent as root",
+        ),
+    ] {
+        let agent = Agents::start(&files, uid)?;
+        let (lines, _) = lines()?;
+        let job = job_file(EXIT7)?;
+        let (tasks, _) = told(Command::new(context.driver()).arg("check").arg(job.path()))?;
+        agent.end()?;
+        let of_agent = of_status(&lines, status);
+        ensure!(
+            of_agent
+                .iter()
+                .any(|line| line.starts_with("agent: process ") && line.ends_with(sentence)),
+            "{lines:#?}"
+        );
+        let config = files.config().display().to_string();
+        ensure!(
+            lines
+                .iter()
+                .any(|line| line["name"] == "config" && line["found"] == config.as_str()),
+            "{lines:#?}"
+        );
+        ensure!(tasks[0]["plan"]["cgroup"]["pids.max"] == "77", "{tasks:#?}");
+    }
+    let (lines, _) = lines()?;
+    let warnings = of_status(&lines, "warning").join("\n");
+    for sentence in [
+        "agent: no Nomad agent runs on this host",
+        "config: /etc/nomad.d has no configuration of an agent",
+    ] {
+        ensure!(warnings.contains(sentence), "{warnings}");
+    }
     Ok(())
 }
 
@@ -456,8 +532,8 @@ async fn compare_task(
     let main = until("the task is its command", || scope.main().ok()).await?;
 
     // They go to their data, and write their titles over the environment.
-    let programs = ["nginx", "redis-server", "postgres"];
-    let goes_its_own_way = programs.contains(&proc_file(main, "comm")?.as_str());
+    let is_nginx = proc_file(main, "comm")? == "nginx";
+    let goes_its_own_way = is_nginx || ["redis", "postgresql"].contains(&name);
 
     let uid = status(main, "Uid")?;
     let mut uids = uid.split_whitespace();
@@ -681,6 +757,12 @@ fn what_would_not_start_or_has_no_effect_is_told_with_its_line(context: &Context
             "unveil = [\"r:/no/such\"]",
             "",
             ":8: unveil r:/no/such: no such file or directory; correct",
+        ),
+        (
+            &open,
+            "unveil = [\"r:/root/.bashrc\"]",
+            "",
+            ":8: unveil r:/root/.bashrc: permission denied (uid 80000 cannot reach it); let its",
         ),
         (
             &open,

@@ -15,7 +15,7 @@ use crate::plan::unveil::{self, UnveilError};
 use crate::plan::{capabilities, steps::Source};
 
 /// The name of the installed file, and so the block's label.
-pub const LABEL: &str = "nomad-driver-exec2";
+const LABEL: &str = "nomad-driver-exec2";
 const DRIVER: &str = "exec2";
 
 /// What is known of the agent.
@@ -51,9 +51,16 @@ impl Agent {
         }
     }
 
+    /// The label by which the agent's configuration has to name the driver: the name of its file.
+    pub fn label(&self) -> String {
+        let dir = self.config.plugin_dir();
+        let entries = dir.and_then(|dir| plugin_dir::read(&dir).ok());
+        label(&entries.unwrap_or_default())
+    }
+
     /// What the plugin would be told, or why it would refuse it; the defaults without a block.
-    pub fn plugin(&self) -> Result<PluginConfig, String> {
-        let Some(block) = self.config.plugins.get(LABEL) else {
+    pub fn plugin(&self, label: &str) -> Result<PluginConfig, String> {
+        let Some(block) = self.config.plugins.get(label) else {
             return Ok(PluginConfig::default());
         };
         let failed = |error: JobError| {
@@ -191,8 +198,7 @@ impl Agent {
     }
 
     fn block(&self, entries: &[Entry], lines: &mut Vec<Line>) {
-        let ours = entries.iter().find(|entry| entry.kind == Kind::Ours);
-        let label = ours.map_or(LABEL.to_owned(), Entry::label);
+        let label = label(entries);
         let Some(block) = self.config.plugins.get(&label) else {
             let near = self
                 .config
@@ -211,7 +217,7 @@ impl Agent {
             return;
         };
         let at = format!("{}:{}", block.file.display(), block.line);
-        match self.plugin() {
+        match self.plugin(&label) {
             Err(sentence) => lines.push(Line::error("plugin", sentence)),
             Ok(config) => {
                 lines.push(Line::ok("plugin", format!("{at}: plugin \"{label}\"")));
@@ -224,7 +230,7 @@ impl Agent {
     fn unveil_paths(&self, config: &PluginConfig) -> Vec<Line> {
         let rules: Result<Vec<_>, UnveilError> = unveil::operators(&config.unveil_paths);
         let Ok(rules) = rules else { return Vec::new() };
-        let found = findings::of_rules(&rules, Mode::OfOperator);
+        let found = findings::of_rules(&rules, Mode::OfOperator, None);
         let mut lines: Vec<Line> = found
             .into_iter()
             .filter(|finding| finding.source == Source::Plugin)
@@ -239,4 +245,9 @@ impl Agent {
         }
         lines
     }
+}
+
+fn label(entries: &[Entry]) -> String {
+    let ours = entries.iter().find(|entry| entry.kind == Kind::Ours);
+    ours.map_or(LABEL.to_owned(), Entry::label)
 }

@@ -1,7 +1,7 @@
 //! What is wrong with a list of unveil rules on this host, or useless in it.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::plan::steps::{Access, Order, Place, Rule, Source};
@@ -34,7 +34,8 @@ struct Seen<'a> {
 }
 
 /// Judges the rules that an operator or a job author wrote; those of the driver and the defaults are taken as they are.
-pub fn of_rules(rules: &[Rule], mode: Mode) -> Vec<Finding> {
+/// `order` is that of the task that opens them, if there is one.
+pub fn of_rules(rules: &[Rule], mode: Mode, order: Option<&Order>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut seen = Vec::new();
     for rule in rules {
@@ -47,6 +48,10 @@ pub fn of_rules(rules: &[Rule], mode: Mode) -> Vec<Finding> {
         let Place::Host(path) = &rule.place else {
             continue;
         };
+        // Not the host's file then.
+        if order.is_some_and(|order| is_laid_over(order, path)) {
+            continue;
+        }
         let (real, is_file) = match fs::canonicalize(path).and_then(|real| {
             let is_file = !fs::metadata(&real)?.is_dir();
             Ok((real, is_file))
@@ -61,6 +66,17 @@ pub fn of_rules(rules: &[Rule], mode: Mode) -> Vec<Finding> {
                 continue;
             }
         };
+        if let Some(Order { uid, gid, .. }) = order
+            && !reaches(&real, *uid, *gid)
+        {
+            let start = start(rule, mode);
+            add(
+                true,
+                format!(
+                    "{start}: permission denied (uid {uid} cannot reach it); let its directories be passed (chmod o+x), or run the task as their owner"
+                ),
+            );
+        }
         if is_file && rule.access.create {
             let only_create = Access {
                 create: true,
@@ -138,7 +154,7 @@ fn finding(rule: &Rule, is_error: bool, sentence: String) -> Finding {
 fn start(rule: &Rule, mode: Mode) -> String {
     let spelled = spelled(rule);
     match (rule.source, mode) {
-        (Source::Plugin, Mode::OfOperator) => format!("unveil_paths {spelled}"),
+        (Source::Plugin, Mode::OfOperator) => spelled,
         (Source::Plugin, Mode::OfTask) => {
             format!("unveil {spelled} (an entry of the operator's unveil_paths)")
         }
@@ -167,6 +183,29 @@ fn errno_text(errno: i32, error: &std::io::Error) -> String {
     let first = characters.next().map(|first| first.to_ascii_lowercase());
     let text: String = first.into_iter().chain(characters).collect();
     format!("{text}; correct the path, or make what it names")
+}
+
+/// Whether a volume or a device of the task's lies there.
+fn is_laid_over(order: &Order, path: &Path) -> bool {
+    order.binds.iter().any(|bind| match &bind.target {
+        Place::Host(target) => path.starts_with(target),
+        Place::Task(_) => false,
+    })
+}
+
+/// Whether a user passes all directories above a path, by their modes.
+fn reaches(path: &Path, uid: u32, gid: u32) -> bool {
+    let passes = |dir: &Path| {
+        fs::metadata(dir).is_ok_and(|meta| {
+            let shift = match (meta.uid() == uid, meta.gid() == gid) {
+                (true, _) => 6,
+                (_, true) => 3,
+                _ => 0,
+            };
+            meta.mode() >> shift & 1 != 0
+        })
+    };
+    uid == 0 || path.ancestors().skip(1).all(passes)
 }
 
 /// Paths that a rule brings back into the view or unmasks by its very name, beside opening them.
@@ -218,14 +257,10 @@ pub fn command(order: &Order) -> Command {
     let mut denied = None;
     for candidate in order.candidates() {
         let path = Path::new(&candidate);
-        let is_laid_over = order.binds.iter().any(|bind| match &bind.target {
-            Place::Host(target) => path.starts_with(target),
-            Place::Task(_) => false,
-        });
         let is_own = path.is_relative()
             || path.starts_with(&order.task_dir.path)
             || (path.starts_with("/tmp") && !path.exists());
-        if is_laid_over || is_own {
+        if is_laid_over(order, path) || is_own {
             return Command::Own;
         }
         let Ok(real) = fs::canonicalize(path) else {
@@ -269,7 +304,7 @@ mod tests {
     fn told(entries: &[&str]) -> Vec<(bool, String)> {
         let entries: Vec<String> = entries.iter().map(|entry| (*entry).to_owned()).collect();
         let rules = unveil::operators(&entries).unwrap();
-        of_rules(&rules, Mode::OfOperator)
+        of_rules(&rules, Mode::OfOperator, None)
             .into_iter()
             .map(|finding| (finding.is_error, finding.sentence))
             .collect()
@@ -283,25 +318,25 @@ mod tests {
         assert_eq!(
             told(&["r:/no/such"]),
             [error(
-                "unveil_paths r:/no/such: no such file or directory; correct the path, or make what it names"
+                "r:/no/such: no such file or directory; correct the path, or make what it names"
             )]
         );
         assert_eq!(
             told(&["c:/etc/hosts", "rc:/etc/hosts"])[..1],
             [error(
-                "unveil_paths c:/etc/hosts: \"c\" allows nothing on a file; it is for directories"
+                "c:/etc/hosts: \"c\" allows nothing on a file; it is for directories"
             )]
         );
         assert_eq!(
             told(&["rc:/etc/hosts"]),
             [warning(
-                "unveil_paths rc:/etc/hosts: \"c\" has no effect on a file; leave the letter out"
+                "rc:/etc/hosts: \"c\" has no effect on a file; leave the letter out"
             )]
         );
         assert_eq!(
             told(&["rx:/etc", "r:/etc/hosts"]),
             [warning(
-                "unveil_paths r:/etc/hosts: all of it is open already by rx:/etc of unveil_paths; leave the entry out"
+                "r:/etc/hosts: all of it is open already by rx:/etc of unveil_paths; leave the entry out"
             )]
         );
     }

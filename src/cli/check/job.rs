@@ -75,6 +75,8 @@ struct Surroundings<'a> {
     file: &'a Path,
     given: &'a Given,
     agent: &'a Agent,
+    /// Of the plugin block.
+    label: String,
     config: Result<PluginConfig, String>,
     compute: Compute,
     inherited: BTreeMap<String, String>,
@@ -111,7 +113,8 @@ pub async fn check(file: &Path, given: &Given, agent: &Agent) -> Result<Vec<Chec
             what: wanted.map_or(format!("job {}", job.id), |name| format!("task {name}")),
         });
     }
-    let config = agent.plugin();
+    let label = agent.label();
+    let config = agent.plugin(&label);
     let mut compute = host::compute();
     if let Some(total_mhz) = agent.config.cpu_total_compute {
         compute.total_mhz = total_mhz;
@@ -128,6 +131,7 @@ pub async fn check(file: &Path, given: &Given, agent: &Agent) -> Result<Vec<Chec
         file,
         given,
         agent,
+        label,
         config,
         compute,
         inherited,
@@ -194,9 +198,9 @@ impl Surroundings<'_> {
                 "the node's CPU power is what the agent finds; shown for {mhz} MHz"
             ));
         }
-        if self.agent.config.plugins.is_empty() {
+        if !self.agent.config.plugins.contains_key(&self.label) {
             open.push(
-                "no agent's configuration with the plugin's was found: shown for its defaults"
+                "what the plugin is configured with, as no plugin block was found; shown for its defaults"
                     .into(),
             );
         }
@@ -339,7 +343,7 @@ impl Surroundings<'_> {
         checked: &mut Checked,
     ) {
         let order = &plan.order;
-        let found = findings::of_rules(&order.rules, Mode::OfTask);
+        let found = findings::of_rules(&order.rules, Mode::OfTask, Some(order));
         let overruled = findings::of_overruled(&plan.overruled, Mode::OfTask);
         for finding in found.into_iter().chain(overruled) {
             let at = match finding.source {

@@ -17,6 +17,9 @@ use crate::users::Account;
 /// Of a path or an argument.
 const MAX_BYTES: usize = 4_200;
 
+/// Of a list in a line, beside the name.
+const MAX_LINE_BYTES: usize = 100;
+
 /// What a task would be given; by these names the keys.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct View {
@@ -279,18 +282,36 @@ impl View {
         let there: Vec<_> = self.unveil.iter().filter(|rule| !rule.is_absent).collect();
         for alike in there.chunk_by(|one, next| one.mode == next.mode && one.source == next.source)
         {
-            let paths: Vec<&str> = alike.iter().map(|rule| rule.path.as_str()).collect();
             let (mode, source) = (&alike[0].mode, alike[0].source);
-            add(name, &format!("{mode:4} {} ({source})", paths.join(" ")));
-            name = "";
+            let paths = alike.iter().map(|rule| rule.path.as_str());
+            for line in wrapped(paths.chain([&*format!("({source})")])) {
+                add(name, &format!("{mode:4} {line}"));
+                name = "";
+            }
         }
         let absent = self.unveil.iter().filter(|rule| rule.is_absent);
-        let absent: Vec<_> = absent.map(|rule| rule.path.as_str()).collect();
-        if !absent.is_empty() {
-            add("not there", &absent.join(" "));
+        let mut name = "not there";
+        for line in wrapped(absent.map(|rule| rule.path.as_str())) {
+            add(name, &line);
+            name = "";
         }
         text
     }
+}
+
+/// Words in lines that a terminal shows whole.
+fn wrapped<'a>(words: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for word in words {
+        match lines.last_mut() {
+            Some(line) if line.len() + word.len() < MAX_LINE_BYTES => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
 }
 
 fn or_none<T: AsRef<str>>(names: &[T], between: &str) -> String {
