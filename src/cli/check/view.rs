@@ -283,8 +283,11 @@ impl View {
         for alike in there.chunk_by(|one, next| one.mode == next.mode && one.source == next.source)
         {
             let (mode, source) = (&alike[0].mode, alike[0].source);
-            let paths = alike.iter().map(|rule| rule.path.as_str());
-            for line in wrapped(paths.chain([&*format!("({source})")])) {
+            let mut paths: Vec<String> = alike.iter().map(|rule| rule.path.clone()).collect();
+            if let Some(last) = paths.last_mut() {
+                last.push_str(&format!(" ({source})"));
+            }
+            for line in wrapped(paths.iter().map(String::as_str)) {
                 add(name, &format!("{mode:4} {line}"));
                 name = "";
             }
