@@ -11,22 +11,20 @@ use super::{JobError, RunTime, Target, Template};
 
 /// Writes every template of a task and returns what they add to its environment.
 pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> {
-    each(placed, |path, template| {
-        create_parent(path)?;
-        fs::write(path, &template.data)?;
-        chown(path, template.uid, template.gid)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(template.mode))
-    })
+    each(placed, write_one)
 }
 
 /// What the templates of a task add to its environment; nothing is written.
 pub fn environment(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> {
-    each(placed, |_, _| Ok(()))
+    each(placed, |root, destination, template| {
+        let inside = below(root, destination).map(drop);
+        inside.map_err(|error| failed(destination, template, &error))
+    })
 }
 
 fn each(
     placed: &Placed<'_>,
-    act: impl Fn(&Path, &Template) -> io::Result<()>,
+    act: impl Fn(&Path, &Path, &Template) -> Result<(), JobError>,
 ) -> Result<BTreeMap<String, String>, JobError> {
     let known = RunTime::new(
         variables(placed)
@@ -37,12 +35,7 @@ fn each(
     let mut env = BTreeMap::new();
     for template in &placed.task.templates {
         let destination = PathBuf::from(known.string(&template.destination, template.line)?);
-        below(&placed.paths.root, &destination)
-            .and_then(|path| act(&path, template))
-            .map_err(|error| {
-                let message = format!("template destination `{}`: {error}", destination.display());
-                JobError::new(template.line, message)
-            })?;
+        act(&placed.paths.root, &destination, template)?;
         if template.target == Target::Environment {
             env.extend(assignments(&template.data));
         }
@@ -66,6 +59,21 @@ pub fn write_payload(placed: &Placed<'_>, payload: &[u8]) -> Result<(), JobError
             format!("dispatch_payload file `{name}`: {error}"),
         )
     })
+}
+
+fn write_one(root: &Path, destination: &Path, template: &Template) -> Result<(), JobError> {
+    let written = below(root, destination).and_then(|path| {
+        create_parent(&path)?;
+        fs::write(&path, &template.data)?;
+        chown(&path, template.uid, template.gid)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(template.mode))
+    });
+    written.map_err(|error| failed(destination, template, &error))
+}
+
+fn failed(destination: &Path, template: &Template, error: &io::Error) -> JobError {
+    let message = format!("template destination `{}`: {error}", destination.display());
+    JobError::new(template.line, message)
 }
 
 /// The directory is fresh and no task has run in it yet, so it holds no symbolic link that could lead out.
