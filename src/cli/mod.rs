@@ -76,7 +76,7 @@ mod tests {
         ] {
             assert!(is_taken(line), "{line}");
         }
-        for line in ["check -- true", "check a.hcl b.hcl", "check --watch"] {
+        for line in ["check a.hcl b.hcl", "check --watch", "check --config"] {
             assert!(!is_taken(line), "{line}");
         }
     }
