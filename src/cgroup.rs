@@ -20,7 +20,7 @@ pub enum Mark {
 }
 
 impl Mark {
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Mark::Owner => "trusted.nomad-driver-exec2.owner",
             Mark::Stopping => "trusted.nomad-driver-exec2.stopping",

@@ -9,7 +9,7 @@ use crate::plan::files::Resolver;
 use crate::plan::limits::{self, Compute, QuotaGrain};
 
 /// The controllers that limits are made of.
-const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+pub const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// The first systemd whose CPU quota survives a daemon-reload to the hundredth of a percent.
 const FINE_QUOTA_SYSTEMD: u32 = 257;
 
@@ -21,6 +21,19 @@ pub enum Fitness {
     Unhealthy(String),
     /// This is no host for the driver.
     Undetected(String),
+}
+
+/// What tasks need of a host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    Root,
+    /// As the init system.
+    Systemd,
+    Unified,
+    Landlock,
+    /// And systemd's answer on it.
+    Bus,
+    Controllers(&'static [&'static str]),
 }
 
 /// Facts that do not need systemd's answer.
@@ -61,31 +74,64 @@ impl Host {
 
     /// Judges the host; `systemd` is its version, or why it did not answer.
     pub fn fitness(&self, systemd: &Result<String, String>) -> Fitness {
-        if !self.is_root {
-            return Fitness::Undetected("Driver must run as root".into());
+        let lack = |need: Need| self.lack(need, systemd);
+        let undetected = [Need::Root, Need::Systemd, Need::Unified, Need::Landlock];
+        if let Some(text) = undetected.into_iter().find_map(lack) {
+            return Fitness::Undetected(text);
         }
-        if !self.runs_systemd {
-            let text = "systemd is not the init system of this host; the driver needs it to start a scope for each task";
-            return Fitness::Undetected(text.into());
+        let unhealthy = [Need::Bus, Need::Controllers(&CONTROLLERS)];
+        match unhealthy.into_iter().find_map(lack) {
+            Some(text) => Fitness::Unhealthy(text),
+            None => Fitness::Fit,
         }
-        if !self.is_unified {
-            let text = "cgroup v2 is not mounted at /sys/fs/cgroup; boot with systemd.unified_cgroup_hierarchy=1";
-            return Fitness::Undetected(text.into());
+    }
+
+    /// What the host lacks of one need, as a sentence that ends with the remedy after a semicolon.
+    pub fn lack(&self, need: Need, systemd: &Result<String, String>) -> Option<String> {
+        let text = match need {
+            Need::Root if !self.is_root => "Driver must run as root",
+            Need::Systemd if !self.runs_systemd => {
+                "systemd is not the init system of this host; the driver needs it to start a scope for each task"
+            }
+            Need::Unified if !self.is_unified => {
+                "cgroup v2 is not mounted at /sys/fs/cgroup; boot with systemd.unified_cgroup_hierarchy=1"
+            }
+            Need::Landlock if self.landlock_abi.is_none() => {
+                "Landlock is not available; it needs Linux 5.13 or newer with landlock in the kernel's lsm= list"
+            }
+            Need::Bus => return systemd.as_ref().err().cloned(),
+            Need::Controllers(needed) => {
+                let is_missing = |name: &&&str| self.missing_controllers.contains(*name);
+                let missing: Vec<_> = needed.iter().filter(is_missing).copied().collect();
+                return (!missing.is_empty()).then(|| {
+                    format!(
+                        "cgroup v2 has no {} controller, so limits are not in force; check cgroup_disable= and v1 mounts",
+                        missing.join(", ")
+                    )
+                });
+            }
+            _ => return None,
+        };
+        Some(text.into())
+    }
+
+    /// What this kernel cannot enforce although tasks can run.
+    pub fn degraded(&self) -> Vec<&'static str> {
+        let lacks = [self.ungoverned(), self.cpuset_lack()];
+        lacks.into_iter().flatten().collect()
+    }
+
+    pub fn cpuset_lack(&self) -> Option<&'static str> {
+        (!self.has_cpuset).then_some("no cpuset controller, so reserved cores are not exclusive")
+    }
+
+    /// What this kernel's Landlock does not govern.
+    pub fn ungoverned(&self) -> Option<&'static str> {
+        match self.landlock_abi {
+            Some(1) => Some("no rename between directories; truncate is not restricted"),
+            Some(2) => Some("truncate is not restricted"),
+            _ => None,
         }
-        if self.landlock_abi.is_none() {
-            let text = "Landlock is not available; it needs Linux 5.13 or newer with landlock in the kernel's lsm= list";
-            return Fitness::Undetected(text.into());
-        }
-        if let Err(reason) = systemd {
-            return Fitness::Unhealthy(reason.clone());
-        }
-        if !self.missing_controllers.is_empty() {
-            let missing = self.missing_controllers.join(", ");
-            return Fitness::Unhealthy(format!(
-                "cgroup v2 has no {missing} controller, so limits are not in force; check cgroup_disable= and v1 mounts"
-            ));
-        }
-        Fitness::Fit
     }
 }
 
@@ -103,9 +149,9 @@ pub fn quota_grain(version: &str) -> QuotaGrain {
     }
 }
 
-/// The service that we, and so the agent, run in.
-pub fn agent_unit() -> Option<String> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+/// The service that a process of the agent runs in; we are one.
+pub fn agent_unit(process: &str) -> Option<String> {
+    let text = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
     let unit = Path::new(cgroup::unified(&text)?).file_name()?.to_str()?;
     unit.ends_with(".service").then(|| unit.to_owned())
 }

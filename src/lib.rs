@@ -3,6 +3,7 @@
 //! The rooms, from the outside in:
 //!
 //! - [`plugin`] is Nomad's side: go-plugin and gRPC. [`cli`] is for people, and [`job`] turns what they write into requests.
+//!   [`agent`] reads the configuration of Nomad's agent for them.
 //! - [`config`] is what operators and job authors may write.
 //! - [`plan`] decides, purely: configuration in, one `Plan` out.
 //! - [`task`] is the life of a task: it acts on plans, through the next three.
@@ -11,6 +12,7 @@
 //! - [`host`], [`mountinfo`] and [`users`] look facts up. [`record`] is how a task's end is kept, [`text`] the only way a job's words leave
 //!   us, [`sys`] the calls that no library has, and the only unsafe code. [`breakpoint`] is for tests.
 
+pub mod agent;
 pub mod breakpoint;
 pub mod cgroup;
 pub mod cli;

@@ -18,7 +18,7 @@ struct Room {
     crates: &'static [&'static str],
 }
 
-const ROOMS: [Room; 16] = [
+const ROOMS: [Room; 17] = [
     Room {
         name: "sys",
         rooms: &[],
@@ -158,12 +158,19 @@ const ROOMS: [Room; 16] = [
         crates: &["hcl", "nix", "rmp_serde", "thiserror"],
     },
     Room {
+        name: "agent",
+        rooms: &["job"],
+        crates: &["hcl", "serde_json"],
+    },
+    Room {
         name: "cli",
         rooms: &[
-            "cgroup", "config", "host", "job", "plan", "record", "systemd", "task", "text", "users",
+            "agent", "cgroup", "config", "host", "job", "plan", "record", "systemd", "task",
+            "text", "users",
         ],
         crates: &[
             "clap",
+            "memchr",
             "nix",
             "serde",
             "serde_json",

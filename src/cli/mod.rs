@@ -1,13 +1,15 @@
 //! For people: the command line of the binary that Nomad starts as its plugin. Each command is one file.
 
+pub mod check;
 mod run;
 pub mod tasks;
+mod terminal;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-/// Lists Nomad's tasks with the driver "exec2", and runs commands and job files the way these run: in a systemd scope of their own, confined by Landlock.
+/// Checks a host and jobs for Nomad's driver "exec2", lists its tasks, and runs commands and job files the way these run: in a systemd scope of their own, confined by Landlock.
 #[derive(Debug, Parser)]
 #[command(
     name = "nomad-driver-exec2",
@@ -21,6 +23,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Check(Box<check::Check>),
     Run(Box<run::Run>),
     Tasks(tasks::Tasks),
 }
@@ -36,13 +39,14 @@ pub fn command() -> clap::Command {
 /// Parses the arguments and does what they say.
 pub fn main() -> ExitCode {
     let done = match Arguments::parse().command {
+        Command::Check(check) => check.main().map_err(|error| error.to_string()),
         Command::Run(run) => run.main().map_err(|error| error.to_string()),
         Command::Tasks(tasks) => tasks.main().map_err(|error| error.to_string()),
     };
     match done {
         Ok(code) => code,
         Err(error) => {
-            run::terminal::say(error);
+            terminal::say(error);
             ExitCode::from(COULD_NOT_RUN)
         }
     }
@@ -63,6 +67,20 @@ mod tests {
             assert!(is_taken(line), "{line}");
         }
         for line in ["tasks x", "tasks --watch=0", "tasks --watch 10"] {
+            assert!(!is_taken(line), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_check_is_of_the_host_or_of_a_job_file() {
+        for line in [
+            "check",
+            "check --json --config /a --config /b",
+            "check --task g/t --var a=1 --volume d=/srv --memory 64M web.nomad.hcl",
+        ] {
+            assert!(is_taken(line), "{line}");
+        }
+        for line in ["check a.hcl b.hcl", "check --watch", "check --config"] {
             assert!(!is_taken(line), "{line}");
         }
     }

@@ -64,6 +64,8 @@ pub struct Group {
     pub meta: Vec<(String, String)>,
     pub volumes: Vec<Volume>,
     pub ports: Vec<Port>,
+    /// The mode of a network that is the allocation's own; `None` is the host's.
+    pub own_network: Option<String>,
     pub tasks: Vec<Task>,
 }
 

@@ -1,17 +1,33 @@
-//! A task's `config` block through the very table and decoder that Nomad's request goes through.
+//! A `config` block, of a task or of the plugin, through the very table and decoder that Nomad's request goes through.
 
 use super::hcl::as_string;
 use super::{JobError, Setting, Value};
-use crate::config::schema::{self, Kind};
+use crate::config::decode::ConfigError;
+use crate::config::plugin::PluginConfig;
+use crate::config::schema::{self, Key, Kind};
 use crate::config::task::TaskOptions;
 
 /// Converts the values as Nomad does by the driver's schema, and decodes them. `line` is the task's.
 pub fn options(settings: &[(String, Setting)], line: usize) -> Result<TaskOptions, JobError> {
+    block(settings, line, schema::TASK, TaskOptions::decode)
+}
+
+/// The operator's own block. `line` is the plugin block's.
+pub fn plugin(settings: &[(String, Setting)], line: usize) -> Result<PluginConfig, JobError> {
+    block(settings, line, schema::PLUGIN, PluginConfig::decode)
+}
+
+fn block<T>(
+    settings: &[(String, Setting)],
+    line: usize,
+    table: &[Key],
+    decode: fn(&[u8]) -> Result<T, ConfigError>,
+) -> Result<T, JobError> {
     let mut block = ::hcl::Map::new();
     for (name, setting) in settings {
-        let key = schema::TASK.iter().find(|key| key.name == name.as_str());
+        let key = table.iter().find(|key| key.name == name.as_str());
         let key = key.ok_or_else(|| {
-            let known: Vec<_> = schema::TASK.iter().map(|key| key.name).collect();
+            let known: Vec<_> = table.iter().map(|key| key.name).collect();
             let message = format!(
                 "config: `{name}` is no key of exec2, which knows {}",
                 known.join(", ")
@@ -22,16 +38,20 @@ pub fn options(settings: &[(String, Setting)], line: usize) -> Result<TaskOption
     }
     let bytes = rmp_serde::to_vec_named(&Value::Object(block))
         .map_err(|error| JobError::new(line, format!("config: {error}")))?;
-    TaskOptions::decode(&bytes).map_err(|error| {
+    decode(&bytes).map_err(|error| {
         let sentence = error.to_string();
-        let about = |(name, _): &&(String, Setting)| {
-            sentence
-                .strip_prefix(name.as_str())
-                .is_some_and(|rest| rest.starts_with(' '))
-        };
-        let line = settings.iter().find(about).map_or(line, |(_, it)| it.line);
+        let line = line_of(settings, &sentence).unwrap_or(line);
         JobError::new(line, format!("config: {sentence}"))
     })
+}
+
+/// The line of the setting whose name a sentence begins with.
+pub fn line_of(settings: &[(String, Setting)], sentence: &str) -> Option<usize> {
+    let about = |(name, _): &&(String, Setting)| {
+        let rest = sentence.strip_prefix(name.as_str());
+        rest.is_some_and(|rest| rest.starts_with([' ', ':']))
+    };
+    settings.iter().find(about).map(|(_, it)| it.line)
 }
 
 /// HCL takes `8080` for a text and `"8080"` for a number. What cannot be converted is the decoder's to refuse.

@@ -11,6 +11,21 @@ use super::{JobError, RunTime, Target, Template};
 
 /// Writes every template of a task and returns what they add to its environment.
 pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> {
+    each(placed, write_one)
+}
+
+/// What the templates of a task add to its environment; nothing is written.
+pub fn environment(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> {
+    each(placed, |root, destination, template| {
+        let inside = below(root, destination).map(drop);
+        inside.map_err(|error| failed(destination, template, &error))
+    })
+}
+
+fn each(
+    placed: &Placed<'_>,
+    act: impl Fn(&Path, &Path, &Template) -> Result<(), JobError>,
+) -> Result<BTreeMap<String, String>, JobError> {
     let known = RunTime::new(
         variables(placed)
             .into_iter()
@@ -20,7 +35,7 @@ pub fn write(placed: &Placed<'_>) -> Result<BTreeMap<String, String>, JobError> 
     let mut env = BTreeMap::new();
     for template in &placed.task.templates {
         let destination = PathBuf::from(known.string(&template.destination, template.line)?);
-        write_one(&placed.paths.root, &destination, template)?;
+        act(&placed.paths.root, &destination, template)?;
         if template.target == Target::Environment {
             env.extend(assignments(&template.data));
         }
@@ -53,10 +68,12 @@ fn write_one(root: &Path, destination: &Path, template: &Template) -> Result<(),
         chown(&path, template.uid, template.gid)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(template.mode))
     });
-    written.map_err(|error| {
-        let message = format!("template destination `{}`: {error}", destination.display());
-        JobError::new(template.line, message)
-    })
+    written.map_err(|error| failed(destination, template, &error))
+}
+
+fn failed(destination: &Path, template: &Template, error: &io::Error) -> JobError {
+    let message = format!("template destination `{}`: {error}", destination.display());
+    JobError::new(template.line, message)
 }
 
 /// The directory is fresh and no task has run in it yet, so it holds no symbolic link that could lead out.

@@ -9,9 +9,6 @@ use rustix::fs::{FileType, stat};
 use super::report::Failure;
 use crate::plan::steps::{Order, Step};
 
-/// Where a bare name is looked for if the task's environment has no PATH.
-const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
-
 /// Everything that exec needs, made before the scope pays for it.
 #[derive(Debug)]
 pub(super) struct Command {
@@ -40,16 +37,9 @@ impl Command {
             .iter()
             .map(|(key, value)| format!("{key}={value}"));
         let environment = variables.map(text).collect::<Result<_, _>>()?;
-        let search_path = (!order.command.contains('/')).then(|| path_of(order));
-        let candidates = match &search_path {
-            None => vec![text(order.command.clone())?],
-            // An empty entry means the working directory, where a task writes: it is not searched.
-            Some(path) => path
-                .split(':')
-                .filter(|directory| !directory.is_empty())
-                .map(|directory| text(format!("{directory}/{}", order.command)))
-                .collect::<Result<_, _>>()?,
-        };
+        let search_path = order.search_path().map(str::to_owned);
+        let candidates = order.candidates().into_iter().map(text);
+        let candidates = candidates.collect::<Result<_, _>>()?;
         Ok(Command {
             name: order.command.clone(),
             uid: order.uid,
@@ -108,14 +98,6 @@ impl Command {
             _ => failure,
         }
     }
-}
-
-fn path_of(order: &Order) -> String {
-    let mut variables = order.env.iter().rev();
-    variables
-        .find(|(key, _)| key == "PATH")
-        .map_or(DEFAULT_PATH, |(_, value)| value)
-        .into()
 }
 
 fn is_directory(path: &CStr) -> bool {

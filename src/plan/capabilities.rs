@@ -154,6 +154,15 @@ pub fn listed(names: &[String]) -> String {
     names.join(",")
 }
 
+/// The capabilities in a mask, by name.
+pub fn names(mask: Mask) -> Vec<&'static str> {
+    let named = NAMES.iter().enumerate();
+    named
+        .filter(|(number, _)| mask & (1 << number) != 0)
+        .map(|(_, name)| *name)
+        .collect()
+}
+
 fn usual_of_root() -> Mask {
     USUAL_OF_ROOT
         .iter()

@@ -117,6 +117,25 @@ impl Limits {
         })
     }
 
+    /// What the kernel's files of the scope will say.
+    pub fn files(&self) -> Vec<(&'static str, String)> {
+        let quota = u128::from(self.cpu_quota_usec_per_sec) * u128::from(QUOTA_PERIOD_USEC)
+            / u128::from(USEC_PER_SEC);
+        // The kernel keeps whole pages, of which our numbers are a multiple.
+        let max = |limit: Option<u64>| limit.map_or("max".into(), |limit| limit.to_string());
+        let mut files = vec![
+            ("cpu.max", format!("{quota} {QUOTA_PERIOD_USEC}")),
+            ("memory.low", self.memory_low_bytes.to_string()),
+            ("memory.max", max(self.memory_max_bytes)),
+            ("memory.swap.max", max(None)),
+            ("pids.max", self.tasks_max.to_string()),
+        ];
+        if let Some(cpus) = &self.allowed_cpus {
+            files.push(("cpuset.cpus", List(cpus).to_string()));
+        }
+        files
+    }
+
     /// Where what is in force (a file's number, no limit, or no such file) is not what was asked for, as sentences.
     pub fn differences(
         &self,

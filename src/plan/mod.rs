@@ -24,7 +24,7 @@ use files::{FileError, Resolver};
 use limits::{Compute, Cpus, LimitError, Limits, QuotaGrain};
 use steps::{Order, Place, Rule, Stdio, TaskDir};
 use unit::UnitName;
-use unveil::{Alias, ByTask, Defaults, Gate, UnveilError};
+use unveil::{Alias, ByTask, Defaults, Gate, Overruled, UnveilError};
 use volumes::VolumeError;
 
 /// What was found out about the host and the task before anything is decided.
@@ -56,6 +56,8 @@ pub struct Plan {
     pub before: Option<String>,
     pub limits: Limits,
     pub order: Order,
+    /// Rules of the request and the configuration that count for nothing.
+    pub overruled: Vec<Overruled>,
 }
 
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -116,7 +118,8 @@ impl Plan {
         let uid = facts.account.uid;
         let volumes =
             volumes::volumes(&request.mounts, &request.devices, uid == 0, &facts.aliases)?;
-        let rules = unveil::rules(gate(config, &volumes.rules), &unveil, &facts.aliases)?;
+        let (rules, overruled) =
+            unveil::rules(gate(config, &volumes.rules), &unveil, &facts.aliases)?;
         let replaced = files::replaced(&files::Wanted {
             account: &facts.account,
             rules: &rules,
@@ -165,6 +168,7 @@ impl Plan {
             before: facts.agent_unit.clone(),
             limits,
             order,
+            overruled,
         })
     }
 }

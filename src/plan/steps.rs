@@ -182,6 +182,32 @@ pub struct Order {
     pub open_files: (u64, u64),
 }
 
+/// Where a bare name is looked for if the task's environment has no PATH.
+const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
+
+impl Order {
+    /// Where a command that is a bare name is looked for.
+    pub fn search_path(&self) -> Option<&str> {
+        let mut variables = self.env.iter().rev();
+        let path = variables.find(|(key, _)| key == "PATH");
+        let path = path.map_or(DEFAULT_PATH, |(_, value)| value);
+        (!self.command.contains('/')).then_some(path)
+    }
+
+    /// What is tried as the command, in order.
+    pub fn candidates(&self) -> Vec<String> {
+        match self.search_path() {
+            None => vec![self.command.clone()],
+            // An empty entry means the working directory, where a task writes: it is not searched.
+            Some(path) => path
+                .split(':')
+                .filter(|directory| !directory.is_empty())
+                .map(|directory| format!("{directory}/{}", self.command))
+                .collect(),
+        }
+    }
+}
+
 /// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskDir {

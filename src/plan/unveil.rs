@@ -3,7 +3,8 @@
 //! Rules on different paths unite, as in the kernel: a path is open for whatever any rule on it or on a directory above it
 //! allows. Of several rules on the same path the first counts, as in exec2: an operator can narrow a path for all jobs.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::{Component, Path, PathBuf};
 
 use thiserror::Error;
@@ -89,6 +90,13 @@ impl Alias {
     }
 }
 
+/// A rule that counts for nothing, and the one on the same path that does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overruled {
+    pub rule: Rule,
+    pub by: Rule,
+}
+
 /// The rules of one task, in the order operator, driver, volumes, task, defaults.
 ///
 /// A path below one of `aliases` counts as one of the task's own, as `${NOMAD_TASK_DIR}/data` for one: an earlier run may have
@@ -97,7 +105,7 @@ pub fn rules(
     gate: Gate<'_>,
     by_task: &[String],
     aliases: &[Alias],
-) -> Result<Vec<Rule>, UnveilError> {
+) -> Result<(Vec<Rule>, Vec<Overruled>), UnveilError> {
     if !by_task.is_empty() && gate.by_task == ByTask::Refused {
         return Err(UnveilError::NotByTask);
     }
@@ -128,9 +136,26 @@ pub fn rules(
             rule.place = Place::Task(own);
         }
     }
-    let mut taken = BTreeSet::new();
-    rules.retain(|rule| taken.insert(spelled_once(&rule.place)));
-    Ok(rules)
+    let (mut first, mut overruled) = (BTreeMap::new(), Vec::new());
+    let mut kept: Vec<Rule> = Vec::new();
+    for rule in rules {
+        match first.entry(spelled_once(&rule.place)) {
+            Entry::Vacant(place) => {
+                place.insert(kept.len());
+                kept.push(rule);
+            }
+            Entry::Occupied(index) => overruled.push(Overruled {
+                rule,
+                by: kept[*index.get()].clone(),
+            }),
+        }
+    }
+    Ok((kept, overruled))
+}
+
+/// The operator's rules alone.
+pub fn operators(unveil_paths: &[String]) -> Result<Vec<Rule>, UnveilError> {
+    list("unveil_paths", unveil_paths, Source::Plugin)
 }
 
 /// The path relative to the task's directory, if it is one below any name of that.
@@ -149,7 +174,7 @@ fn spelled_once(place: &Place) -> Place {
 
 /// Checks the operator's own entries before any task is there.
 pub fn check(unveil_paths: &[String]) -> Result<(), UnveilError> {
-    list("unveil_paths", unveil_paths, Source::Plugin).map(drop)
+    operators(unveil_paths).map(drop)
 }
 
 /// What every task needs to work at all, whatever the operator veils.
@@ -377,6 +402,14 @@ pub fn view(rules: &[Rule], uid: u32) -> View {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn rules(
+        gate: Gate<'_>,
+        by_task: &[String],
+        aliases: &[Alias],
+    ) -> Result<Vec<Rule>, UnveilError> {
+        super::rules(gate, by_task, aliases).map(|(rules, _)| rules)
+    }
 
     const OPEN: Gate<'_> = Gate {
         paths: &[],

@@ -20,7 +20,7 @@ use crate::plan::unit::UnitName;
 pub use error::SystemdError;
 use error::{Answer, is_passing};
 use proxy::ManagerProxy;
-pub use scope::Scope;
+pub use scope::{Scope, Setting, settings};
 
 /// How long one call, or one job, may take. PID 1 stalls for seconds in a daemon-reload with thousands of units.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -1,12 +1,13 @@
 //! One scope as systemd is asked for it: everything in the one call, so that there is no moment without limits.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::os::fd::BorrowedFd;
 
 use zbus::Variant;
 use zbus::wire::Fd;
 
-use crate::plan::limits::{Cpus, Limits, QUOTA_PERIOD_USEC};
+use crate::plan::limits::{Cpus, Limits, List, QUOTA_PERIOD_USEC};
 use crate::plan::unit::UnitName;
 use crate::text::UnitText;
 
@@ -33,47 +34,95 @@ const MANUAL: &str = "man:nomad-driver-exec2(8)";
 
 const INFINITY: u64 = u64::MAX;
 
+/// What a property is set to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Setting<'a> {
+    Text(&'a str),
+    Flag(bool),
+    Number(u64),
+    Names(Vec<&'a str>),
+    Cpus(&'a Cpus),
+}
+
+impl fmt::Display for Setting<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Setting::Text(text) => f.write_str(text),
+            Setting::Flag(true) => f.write_str("yes"),
+            Setting::Flag(false) => f.write_str("no"),
+            Setting::Number(INFINITY) => f.write_str("infinity"),
+            Setting::Number(number) => write!(f, "{number}"),
+            Setting::Names(names) => f.write_str(&names.join(" ")),
+            Setting::Cpus(cpus) => List(cpus).fmt(f),
+        }
+    }
+}
+
+impl<'a> From<Setting<'a>> for Variant<'a> {
+    fn from(setting: Setting<'a>) -> Self {
+        match setting {
+            Setting::Text(text) => Variant::from(text),
+            Setting::Flag(flag) => Variant::from(flag),
+            Setting::Number(number) => Variant::from(number),
+            Setting::Names(names) => Variant::from(names),
+            Setting::Cpus(cpus) => Variant::from(bitmask(cpus)),
+        }
+    }
+}
+
+/// What systemd is asked for of a plan's scope, but for the process in it.
+pub fn settings<'a>(
+    description: &'a UnitText,
+    slice: &'a str,
+    before: Option<&'a str>,
+    limits: &'a Limits,
+) -> Vec<(&'static str, Setting<'a>)> {
+    let memory_max = limits.memory_max_bytes.unwrap_or(INFINITY);
+    let mut settings = vec![
+        ("Description", Setting::Text(description.as_str())),
+        ("Documentation", Setting::Names(vec![MANUAL])),
+        ("Slice", Setting::Text(slice)),
+        // Sub-cgroups are the task's to make; an OOM kill of one process does not stop the whole scope.
+        ("Delegate", Setting::Flag(true)),
+        ("OOMPolicy", Setting::Text("continue")),
+        // A failed scope would keep its name taken.
+        ("CollectMode", Setting::Text("inactive-or-failed")),
+        ("CPUAccounting", Setting::Flag(true)),
+        (
+            "CPUQuotaPerSecUSec",
+            Setting::Number(limits.cpu_quota_usec_per_sec),
+        ),
+        ("CPUQuotaPeriodUSec", Setting::Number(QUOTA_PERIOD_USEC)),
+        ("MemoryAccounting", Setting::Flag(true)),
+        ("MemoryLow", Setting::Number(limits.memory_low_bytes)),
+        ("MemoryMax", Setting::Number(memory_max)),
+        ("MemorySwapMax", Setting::Number(INFINITY)),
+        ("TasksAccounting", Setting::Flag(true)),
+        ("TasksMax", Setting::Number(limits.tasks_max)),
+    ];
+    if let Some(before) = before {
+        settings.push(("Before", Setting::Names(vec![before])));
+    }
+    if let Some(cpus) = &limits.allowed_cpus {
+        settings.push(("AllowedCPUs", Setting::Cpus(cpus)));
+    }
+    settings
+}
+
 impl Scope<'_> {
     pub(super) fn properties(
         &self,
         unknown: &BTreeSet<&'static str>,
     ) -> Vec<(&'static str, Variant<'_>)> {
-        let limits = self.limits;
-        let mut properties: Vec<(&'static str, Variant<'_>)> = vec![
-            ("Description", Variant::from(self.description.as_str())),
-            ("Documentation", Variant::from(vec![MANUAL])),
-            ("Slice", Variant::from(self.slice)),
-            // Sub-cgroups are the task's to make; an OOM kill of one process does not stop the whole scope.
-            ("Delegate", Variant::from(true)),
-            ("OOMPolicy", Variant::from("continue")),
-            // A failed scope would keep its name taken.
-            ("CollectMode", Variant::from("inactive-or-failed")),
-            ("CPUAccounting", Variant::from(true)),
-            (
-                "CPUQuotaPerSecUSec",
-                Variant::from(limits.cpu_quota_usec_per_sec),
-            ),
-            ("CPUQuotaPeriodUSec", Variant::from(QUOTA_PERIOD_USEC)),
-            ("MemoryAccounting", Variant::from(true)),
-            ("MemoryLow", Variant::from(limits.memory_low_bytes)),
-            (
-                "MemoryMax",
-                Variant::from(limits.memory_max_bytes.unwrap_or(INFINITY)),
-            ),
-            ("MemorySwapMax", Variant::from(INFINITY)),
-            ("TasksAccounting", Variant::from(true)),
-            ("TasksMax", Variant::from(limits.tasks_max)),
-        ];
+        let settings = settings(self.description, self.slice, self.before, self.limits);
+        let mut properties: Vec<(&'static str, Variant<'_>)> = settings
+            .into_iter()
+            .map(|(name, setting)| (name, setting.into()))
+            .collect();
         if unknown.contains("PIDFDs") {
             properties.push(("PIDs", Variant::from(vec![self.pid])));
         } else {
             properties.push(("PIDFDs", Variant::from(vec![Fd::from(self.pidfd)])));
-        }
-        if let Some(before) = self.before {
-            properties.push(("Before", Variant::from(vec![before])));
-        }
-        if let Some(cpus) = &limits.allowed_cpus {
-            properties.push(allowed_cpus(cpus));
         }
         properties.retain(|(name, _)| !unknown.contains(name));
         properties

@@ -92,14 +92,7 @@ pub fn find(
     let real = |path: &Path| fs::canonicalize(path).map_err(|_| missing());
     let (path, real_alloc_dir) = (real(&dir)?, real(alloc_dir)?);
     let meta = fs::metadata(&path).map_err(|_| missing())?;
-    let aliases = vec![
-        Alias::new(&dir, ""),
-        Alias::new(&path, ""),
-        Alias::new(&alloc_dir.join(task), ""),
-        Alias::new(&real_alloc_dir.join(task), ""),
-        Alias::new(&alloc_dir.join("alloc"), "alloc"),
-        Alias::new(&real_alloc_dir.join("alloc"), "alloc"),
-    ];
+    let aliases = aliases([&dir, &path], [alloc_dir, &real_alloc_dir], task);
     Ok(Found {
         task_dir: TaskDir {
             path,
@@ -110,6 +103,27 @@ pub fn find(
         owner: meta.uid(),
         aliases,
     })
+}
+
+/// M as it would be at `path`, of an allocation that is not there.
+pub fn foreseen(alloc_dir: &Path, path: &Path, task: &str) -> Found {
+    Found {
+        task_dir: TaskDir {
+            path: path.to_owned(),
+            alloc_dir: alloc_dir.to_owned(),
+            device: 0,
+            inode: 0,
+        },
+        owner: 0,
+        aliases: aliases([path, path], [alloc_dir, alloc_dir], task),
+    }
+}
+
+fn aliases(own: [&Path; 2], alloc_dirs: [&Path; 2], task: &str) -> Vec<Alias> {
+    let own = own.map(|dir| Alias::new(dir, ""));
+    let backing = alloc_dirs.map(|dir| Alias::new(&dir.join(task), ""));
+    let shared = alloc_dirs.map(|dir| Alias::new(&dir.join("alloc"), "alloc"));
+    [own, backing, shared].concat()
 }
 
 /// Where a directory of M really lies: `alloc` is shared by the tasks of the allocation.

@@ -83,7 +83,10 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
             "driver.exec2.systemd.version",
             Attribute::Text(systemd.clone().unwrap_or_default()),
         ),
-        ("driver.exec2.degraded", Attribute::Text(degraded(host))),
+        (
+            "driver.exec2.degraded",
+            Attribute::Text(host.degraded().join("; ")),
+        ),
     ]);
     let attributes = attributes
         .into_iter()
@@ -94,21 +97,4 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
         description,
         attributes,
     }
-}
-
-/// What this kernel cannot enforce.
-fn degraded(host: &Host) -> String {
-    let landlock = match host.landlock_abi {
-        Some(1) => "no rename between directories; truncate is not restricted",
-        Some(2) => "truncate is not restricted",
-        _ => "",
-    };
-    let cpuset = match host.has_cpuset {
-        true => "",
-        false => "no cpuset controller, so reserved cores are not exclusive",
-    };
-    let all = [landlock, cpuset]
-        .into_iter()
-        .filter(|what| !what.is_empty());
-    all.collect::<Vec<_>>().join("; ")
 }

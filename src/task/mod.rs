@@ -5,6 +5,7 @@ mod cpus;
 mod dir;
 mod driver;
 mod events;
+mod facts;
 mod fingerprint;
 mod helper;
 pub(crate) mod log;

@@ -9,39 +9,31 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
 
 use super::cpus;
-use super::dir::{self, Found};
 use super::events::Phases;
 use super::helper::{Helper, failed};
 use super::log::of_task;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
-use super::table::{Task, TaskTable, create_record, keep_record, lock, record_path};
+use super::table::{Task, TaskTable, create_record, keep_record, record_path};
 use super::takeover;
 use super::types::{DriverError, Saved, TaskRequest};
 use crate::breakpoint;
 use crate::cgroup::{Cgroup, Mark};
-use crate::host;
 use crate::launch;
 use crate::launch::report::{self, Failure, Message};
-use crate::plan::files::Resolver;
+use crate::plan::Plan;
 use crate::plan::steps::{Stdio, Step};
 use crate::plan::unit::UnitName;
-use crate::plan::{Facts, Plan};
 use crate::systemd::{Scope, SystemdError};
 use crate::text::{UnitText, one_line};
-use crate::users::{self, Account, UserError};
 
 /// How often, and after which pause, the helper's cgroup is looked at where systemd's answer was lost.
 const LOST_ANSWER_PAUSES: u32 = 100;
 const LOST_ANSWER_PAUSE: Duration = Duration::from_millis(20);
 /// Of an error in the log.
 pub(super) const ERROR_BYTES: usize = 1_000;
-/// How long a user or a directory may take to be looked up.
-const LOOK_UP_PATIENCE: Duration = Duration::from_secs(15);
-
 /// Where a task's output goes.
 #[derive(Debug)]
 pub enum Output {
@@ -116,40 +108,6 @@ impl TaskTable {
             }
         };
         self.launch(&request, Arc::new(plan), output, phases).await
-    }
-
-    /// Step 1: finds out the facts and plans.
-    async fn plan(&self, request: &TaskRequest) -> Result<Plan, DriverError> {
-        let settings = self.settings();
-        let asked = request.clone();
-        let (account, found) = timeout(LOOK_UP_PATIENCE, spawn_blocking(move || look_up(&asked)))
-            .await
-            .map_err(|_| {
-                DriverError::Transient(format!(
-                    "user {:?} or the task's directory could not be looked up within {} s",
-                    request.user,
-                    LOOK_UP_PATIENCE.as_secs()
-                ))
-            })?
-            .map_err(|error| DriverError::Permanent(error.to_string()))??;
-        let resolver = if request.network_namespace.is_some() || request.dns.is_some() {
-            host::resolver()
-        } else {
-            Resolver::default()
-        };
-        let facts = Facts {
-            resolver,
-            account,
-            task_dir: found.task_dir,
-            aliases: found.aliases,
-            compute: settings.compute,
-            grain: *lock(&self.shared.grain),
-            share_cpus: self.share_cpus(),
-            agent_unit: host::agent_unit(),
-            open_files: self.shared.open_files,
-        };
-        Plan::new(&settings.config, request, &facts)
-            .map_err(|error| DriverError::Permanent(error.to_string()))
     }
 
     /// Steps 2 and 3, then the helper's, then the last.
@@ -415,23 +373,4 @@ pub(super) fn refused(error: SystemdError) -> DriverError {
     } else {
         DriverError::Permanent(error.to_string())
     }
-}
-
-/// Facts that need the host's files: the user and the task's directory.
-fn look_up(request: &TaskRequest) -> Result<(Account, Found), DriverError> {
-    let found = dir::find(&request.alloc_dir, &request.names.task, &request.env)
-        .map_err(|error| DriverError::Permanent(error.to_string()))?;
-    let account = match users::look_up(&request.user) {
-        // After an agent restart Nomad forgets the dynamic user it picked, but the directory still belongs to it.
-        Err(UserError::Unset) => {
-            users::look_up(&users::dynamic(found.owner).name).map_err(|_| UserError::Unset)
-        }
-        account => account,
-    };
-    let account = account.map_err(|error| match error {
-        // A directory service that restarts.
-        UserError::Lookup(..) => DriverError::Transient(error.to_string()),
-        _ => DriverError::Permanent(error.to_string()),
-    })?;
-    Ok((account, found))
 }

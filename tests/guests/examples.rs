@@ -31,10 +31,10 @@ pub const CASES: &[Case] = &[
 ];
 
 pub const VOLUMES: &str = include_str!("../nomad/volumes.nomad.hcl");
-const CORES: &str = include_str!("../nomad/cores.nomad.hcl");
-const SIDECAR: &str = include_str!("../nomad/sidecar.nomad.hcl");
+pub const CORES: &str = include_str!("../nomad/cores.nomad.hcl");
+pub const SIDECAR: &str = include_str!("../nomad/sidecar.nomad.hcl");
 pub const SECRET: &str = include_str!("../nomad/secret.nomad.hcl");
-const OVERSUBSCRIPTION: &str = include_str!("../nomad/oversubscription.nomad.hcl");
+pub const OVERSUBSCRIPTION: &str = include_str!("../nomad/oversubscription.nomad.hcl");
 pub const BRIDGE: &str = include_str!("../nomad/bridge.nomad.hcl");
 
 async fn printed_by(agent: &Agent, job: &str) -> Result<String> {

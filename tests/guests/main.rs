@@ -7,6 +7,7 @@ mod agent_faults;
 mod bad_input;
 mod bus;
 mod calls;
+mod check;
 mod compat;
 mod cores;
 mod dbus;
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         shortage::CASES,
         tasks::CASES,
         transcripts::CASES,
+        check::CASES,
         dbus::CASES,
         // Last: they take the guest's journal and bus away for a while.
         journal::CASES,

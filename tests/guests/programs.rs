@@ -23,13 +23,13 @@ pub const CASES: &[Case] = &[
     case!(ProgramLimits, Ours, go_sizes_itself_by_the_tasks_cpus),
 ];
 
-const PYTHON: &str = include_str!("../nomad/python-http.nomad.hcl");
-const NGINX: &str = include_str!("../nomad/nginx.nomad.hcl");
-const NODE: &str = include_str!("../nomad/node.nomad.hcl");
-const REDIS: &str = include_str!("../nomad/redis.nomad.hcl");
-const POSTGRESQL: &str = include_str!("../nomad/postgresql.nomad.hcl");
-const GO: &str = include_str!("../nomad/go.nomad.hcl");
-const JAVA: &str = include_str!("../nomad/java.nomad.hcl");
+pub const PYTHON: &str = include_str!("../nomad/python-http.nomad.hcl");
+pub const NGINX: &str = include_str!("../nomad/nginx.nomad.hcl");
+pub const NODE: &str = include_str!("../nomad/node.nomad.hcl");
+pub const REDIS: &str = include_str!("../nomad/redis.nomad.hcl");
+pub const POSTGRESQL: &str = include_str!("../nomad/postgresql.nomad.hcl");
+pub const GO: &str = include_str!("../nomad/go.nomad.hcl");
+pub const JAVA: &str = include_str!("../nomad/java.nomad.hcl");
 
 /// A program that does not do its work in this time is taken for one that cannot.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -29,9 +29,9 @@ pub const CASES: &[Case] = &[
     case!(Limits, Ours, the_kernel_has_the_limits_of_the_job),
 ];
 
-const ENV: &str = include_str!("../nomad/env.nomad.hcl");
-const EXIT7: &str = include_str!("../nomad/exit7.nomad.hcl");
-const SERVICE: &str = include_str!("../nomad/service.nomad.hcl");
+pub const ENV: &str = include_str!("../nomad/env.nomad.hcl");
+pub const EXIT7: &str = include_str!("../nomad/exit7.nomad.hcl");
+pub const SERVICE: &str = include_str!("../nomad/service.nomad.hcl");
 
 fn file(content: impl AsRef<[u8]>) -> Result<NamedTempFile> {
     let mut file = tempfile::Builder::new().suffix(".nomad.hcl").tempfile()?;

@@ -112,7 +112,7 @@ impl Stage {
         let found = fs::metadata(&self.task_dir).unwrap();
         let limit = getrlimit(Resource::Nofile);
         let number = |value: Option<u64>| value.unwrap_or(libc::RLIM_INFINITY);
-        let rules = unveil::rules(gate(Defaults::Unveiled), &[], &[]).unwrap();
+        let (rules, _) = unveil::rules(gate(Defaults::Unveiled), &[], &[]).unwrap();
         Order {
             command: command.into(),
             args: args.iter().map(ToString::to_string).collect(),
@@ -248,7 +248,7 @@ impl Changed for Order {
     fn unveiled_by(mut self, source: Source, mode: &str, path: impl AsRef<Path>) -> Order {
         let entry = format!("{mode}:{}", path.as_ref().display());
         let aliases = [Alias::new(&self.task_dir.path, "")];
-        let rules = unveil::rules(gate(Defaults::Veiled), &[entry], &aliases).unwrap();
+        let (rules, _) = unveil::rules(gate(Defaults::Veiled), &[entry], &aliases).unwrap();
         let asked = rules.into_iter().filter(|rule| rule.source == Source::Task);
         self.rules.extend(asked.map(|rule| Rule { source, ..rule }));
         self.view = unveil::view(&self.rules, self.uid);

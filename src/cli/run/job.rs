@@ -5,11 +5,11 @@ use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
-use super::terminal::say;
-use super::{Ending, Run, RunError, inherited, node};
+use super::{Ending, Given, RunError, inherited, node};
+use crate::cli::terminal::say;
 use crate::host;
 use crate::job::alloc_dir::TaskPaths;
-use crate::job::environment::Placed;
+use crate::job::environment::{Node, Placed};
 use crate::job::options::options;
 use crate::job::request::Request;
 use crate::job::select::select;
@@ -34,21 +34,16 @@ pub struct JobTask {
     task: Task,
     payload: Vec<u8>,
     cpuset: String,
+    /// The volumes of the task that are known, and their directories.
+    volumes: Vec<(String, PathBuf)>,
 }
 
 impl JobTask {
     /// Reads and judges the file before anything exists.
-    pub fn read(file: &Path, run: &Run) -> Result<Self, RunError> {
-        let of_file = |error| RunError::Job {
-            file: file.to_owned(),
-            error,
-        };
-        let text = String::from_utf8(bytes(file, MAX_FILE_BYTES)?).map_err(|_| RunError::File {
-            path: file.to_owned(),
-            problem: "is not text, so that it can be no job file".into(),
-        })?;
-        let mut job = job::parse(&text, &run.of_job.var).map_err(of_file)?;
-        let selected = select(&job, run.of_job.task.as_deref()).map_err(of_file)?;
+    pub fn read(file: &Path, given: &Given) -> Result<Self, RunError> {
+        let of_file = |error| of_file(file, error);
+        let job = parse(file, given)?;
+        let selected = select(&job, given.of_job.task.as_deref()).map_err(of_file)?;
         for other in &selected.left_out {
             let kind = other
                 .lifecycle
@@ -60,19 +55,31 @@ impl JobTask {
                 &format!("task {} ({kind}) stays out of this run", other.name),
             );
         }
-        let (group, mut task) = (selected.group.clone(), selected.task.clone());
-        if task.driver.value != Value::from("exec2") {
+        let (group, task) = (selected.group.clone(), selected.task.clone());
+        if !is_ours(&task) {
             let message = format!(
                 "task {}: driver = {}, but only exec2 can be run here",
                 task.name, task.driver.value
             );
             return Err(of_file(JobError::new(task.driver.line, message)));
         }
-        judge(file, &job.unsupported, &group, &task, &run.of_job.ignore)?;
-        let payload = dispatch(&mut job, run, of_file)?;
-        given_volumes(&group, &task, run).map_err(of_file)?;
+        judge(file, &job.unsupported, &group, &task, &given.of_job.ignore)?;
+        given_volumes(&group, &task, given).map_err(of_file)?;
+        let volumes = given.of_job.volume.clone();
+        Self::new(file, (job, group, task), given, volumes)
+    }
+
+    /// A task of a job that was read, with the options of the command line applied.
+    pub fn new(
+        file: &Path,
+        (mut job, group, mut task): (Job, Group, Task),
+        given: &Given,
+        volumes: Vec<(String, PathBuf)>,
+    ) -> Result<Self, RunError> {
+        let of_file = |error| of_file(file, error);
+        let payload = dispatch(&mut job, given, of_file)?;
         check_signal(&task).map_err(of_file)?;
-        let cpuset = apply(run, &mut task).map_err(of_file)?;
+        let cpuset = apply(given, &mut task).map_err(of_file)?;
         Ok(JobTask {
             file: file.to_owned(),
             job,
@@ -80,6 +87,7 @@ impl JobTask {
             task,
             payload,
             cpuset,
+            volumes,
         })
     }
 
@@ -99,28 +107,16 @@ impl JobTask {
     /// Writes what the task finds in its directory, and makes the request that Nomad would.
     pub fn request(
         self,
-        run: &Run,
+        given: &Given,
         account: &Account,
         alloc_id: &str,
         alloc_dir: &Path,
         paths: &TaskPaths,
     ) -> Result<(TaskRequest, Ending), RunError> {
-        let file = self.file.clone();
-        let made = self.fill_in(run, account, alloc_id, alloc_dir, paths);
-        made.map_err(|error| RunError::Job { file, error })
-    }
-
-    fn fill_in(
-        self,
-        run: &Run,
-        account: &Account,
-        alloc_id: &str,
-        alloc_dir: &Path,
-        paths: &TaskPaths,
-    ) -> Result<(TaskRequest, Ending), JobError> {
-        let (task, group) = (&self.task, &self.group);
-        let node = node::node(&self.job, &group.ports)?;
-        if let Some(port) = group.ports.iter().find(|port| port.fixed.is_none()) {
+        let of_file = |error| of_file(&self.file, error);
+        let ports = &self.group.ports;
+        let node = node::node(&self.job, ports, node::free_port).map_err(of_file)?;
+        if let Some(port) = ports.iter().find(|port| port.fixed.is_none()) {
             let shown = node::shown_ports(&node.ports);
             tell(
                 &self.file,
@@ -128,39 +124,70 @@ impl JobTask {
                 &format!("ports of this run: {shown}"),
             );
         }
-        let placed = Placed {
+        let placed = self.placed(alloc_id, paths, &node);
+        let templates = template::write(&placed).map_err(of_file)?;
+        template::write_payload(&placed, &self.payload).map_err(of_file)?;
+        let inherited: BTreeMap<_, _> = inherited().collect();
+        let made = self.fill_in(given, &placed, (account, alloc_dir), &inherited, &templates);
+        let (request, ending) = made.map_err(of_file)?;
+        for (line, sentence) in self.open_names(&request) {
+            tell(&self.file, line, &sentence);
+        }
+        Ok((request, ending))
+    }
+
+    pub fn placed<'a>(
+        &'a self,
+        alloc_id: &'a str,
+        paths: &'a TaskPaths,
+        node: &'a Node,
+    ) -> Placed<'a> {
+        Placed {
             job: &self.job,
-            group,
-            task,
+            group: &self.group,
+            task: &self.task,
             alloc_id,
             alloc_index: 0,
-            cpu_mhz: task.resources.cpu_mhz,
+            cpu_mhz: self.task.resources.cpu_mhz,
             cpuset: &self.cpuset,
             paths,
-            node: &node,
-        };
-        let templates = template::write(&placed)?;
-        template::write_payload(&placed, &self.payload)?;
-        let inherited: BTreeMap<_, _> = inherited().collect();
-        let user = account.name.clone();
-        let request = Request::new(&placed, alloc_dir.to_owned(), user, &inherited, &templates)?;
-        for (name, setting) in &task.env {
-            if let Some(open) = request.env.get(name).and_then(|text| job::open_name(text)) {
-                let sentence = format!(
-                    "env {name}: this host does not know ${{{open}}}, which stays as it stands"
-                );
-                tell(&self.file, setting.line, &sentence);
-            }
+            node,
         }
+    }
+
+    /// What of the file's `env` this host does not know.
+    fn open_names(&self, request: &TaskRequest) -> Vec<(usize, String)> {
+        let open = self.task.env.iter().filter_map(|(name, setting)| {
+            let open = job::open_name(request.env.get(name)?)?;
+            let sentence = format!(
+                "env {name}: this host does not know ${{{open}}}, which stays as it stands"
+            );
+            Some((setting.line, sentence))
+        });
+        open.collect()
+    }
+
+    /// The request that Nomad would make.
+    pub fn fill_in(
+        &self,
+        given: &Given,
+        placed: &Placed<'_>,
+        (account, alloc_dir): (&Account, &Path),
+        inherited: &BTreeMap<String, String>,
+        templates: &BTreeMap<String, String>,
+    ) -> Result<(TaskRequest, Ending), JobError> {
+        let task = &self.task;
+        let user = account.name.clone();
+        let request = Request::new(placed, alloc_dir.to_owned(), user, inherited, templates)?;
         let mut options = options(&request.config, task.line)?;
-        options.unveil.extend(run.unveil.iter().cloned());
+        options.unveil.extend(given.unveil.iter().cloned());
         let ending = Ending {
             signal: Some(task.kill_signal.clone()),
             timeout: task.kill_timeout,
             logs: task.logs,
         };
         let mounts = request.mounts.iter().filter_map(|mount| {
-            let (_, host_path) = given(&run.of_job.volume, &mount.volume)?;
+            let (_, host_path) = last(&self.volumes, &mount.volume)?;
             Some(Mount {
                 task_path: (&mount.destination).into(),
                 host_path: host_path.clone(),
@@ -215,7 +242,28 @@ fn tell(file: &Path, line: usize, sentence: &str) {
     say(format_args!("{}:{line}: {sentence}", file.display()));
 }
 
-fn given<'a, V>(options: &'a [(String, V)], name: &str) -> Option<&'a (String, V)> {
+fn of_file(file: &Path, error: JobError) -> RunError {
+    RunError::Job {
+        file: file.to_owned(),
+        error,
+    }
+}
+
+/// Reads a job file.
+pub fn parse(file: &Path, given: &Given) -> Result<Job, RunError> {
+    let text = String::from_utf8(bytes(file, MAX_FILE_BYTES)?).map_err(|_| RunError::File {
+        path: file.to_owned(),
+        problem: "is not text, so that it can be no job file".into(),
+    })?;
+    job::parse(&text, &given.of_job.var).map_err(|error| of_file(file, error))
+}
+
+/// Whether a task is this driver's.
+pub fn is_ours(task: &Task) -> bool {
+    task.driver.value == Value::from("exec2")
+}
+
+pub fn last<'a, V>(options: &'a [(String, V)], name: &str) -> Option<&'a (String, V)> {
     options.iter().rev().find(|(given, _)| given == name)
 }
 
@@ -285,10 +333,10 @@ fn judge(
 /// Adds what a dispatch gives to a parameterized job, and returns the payload.
 fn dispatch(
     job: &mut Job,
-    run: &Run,
+    given: &Given,
     of_file: impl Fn(JobError) -> RunError,
 ) -> Result<Vec<u8>, RunError> {
-    let (meta, payload) = (&run.of_job.meta, &run.of_job.payload);
+    let (meta, payload) = (&given.of_job.meta, &given.of_job.payload);
     let wrong = |line: usize, message: String| Err(of_file(JobError::new(line, message)));
     let Some(parameterized) = &job.parameterized else {
         if !meta.is_empty() || payload.is_some() {
@@ -300,7 +348,7 @@ fn dispatch(
     };
     let line = parameterized.line;
     let required = &parameterized.meta_required;
-    if let Some(name) = required.iter().find(|name| given(meta, name).is_none()) {
+    if let Some(name) = required.iter().find(|name| last(meta, name).is_none()) {
         return wrong(line, format!("meta_required: give --meta {name}=VALUE"));
     }
     let optional = &parameterized.meta_optional;
@@ -325,15 +373,15 @@ fn dispatch(
 }
 
 /// Whether each volume of the task has its directory, and each directory its volume.
-fn given_volumes(group: &Group, task: &Task, run: &Run) -> Result<(), JobError> {
-    let volumes = &run.of_job.volume;
+fn given_volumes(group: &Group, task: &Task, given: &Given) -> Result<(), JobError> {
+    let volumes = &given.of_job.volume;
     for mount in &task.volume_mounts {
         let name = &mount.volume;
         if group.volumes.iter().all(|volume| volume.name != *name) {
             let message = format!("volume_mount: group {} has no volume `{name}`", group.name);
             return Err(JobError::new(mount.line, message));
         }
-        let Some((_, path)) = given(volumes, name) else {
+        let Some((_, path)) = last(volumes, name) else {
             let message = format!(
                 "volume_mount: volume `{name}` is a Nomad client's; name a directory of this host with --volume {name}=/PATH"
             );
@@ -363,17 +411,17 @@ fn check_signal(task: &Task) -> Result<(), JobError> {
 }
 
 /// Lets the command line win over the file; returns the CPUs of a task with `cores`.
-fn apply(run: &Run, task: &mut Task) -> Result<String, JobError> {
+fn apply(given: &Given, task: &mut Task) -> Result<String, JobError> {
     let line = task.line;
-    if let Some(mib) = run.memory {
+    if let Some(mib) = given.memory {
         task.resources.memory_mib = mib;
         task.resources.memory_max_mib = 0;
     }
-    if let Some(mhz) = run.cpu {
+    if let Some(mhz) = given.cpu {
         task.resources.cpu_mhz = mhz;
         task.resources.cores = 0;
     }
-    for (name, text) in &run.env {
+    for (name, text) in &given.env {
         let value = Value::from(text.as_str());
         task.env.retain(|(earlier, _)| earlier != name);
         task.env.push((name.clone(), Setting { value, line }));

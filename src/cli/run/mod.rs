@@ -1,8 +1,8 @@
 //! `run`: a command, or a task of a job file, through the very plan, scope and helper of a Nomad task, on any host with systemd.
 
-mod job;
-mod node;
-pub mod terminal;
+mod given;
+pub mod job;
+pub mod node;
 mod values;
 
 use std::collections::BTreeMap;
@@ -18,8 +18,9 @@ use tokio::time::timeout;
 use tokio_stream::StreamExt;
 
 use self::job::JobTask;
-use self::terminal::{Stops, copied_to, say};
-use self::values::{assignment, mebibytes, volume};
+
+pub use self::given::Given;
+use super::terminal::{Stops, copied_to, say};
 use crate::config::plugin::PluginConfig;
 use crate::config::task::TaskOptions;
 use crate::host;
@@ -56,21 +57,8 @@ The exit status is the command's, 128 + n if signal n ended it, and 125 if it co
 has not ended after kill_timeout or 5 seconds; a second Ctrl-C kills it at once."
 )]
 pub struct Run {
-    /// Memory limit: a number of MiB, or with K, M or G [default: the job's, or 300M]
-    #[arg(long, value_name = "SIZE", value_parser = mebibytes)]
-    memory: Option<u64>,
-    /// CPU limit in MHz, as in a job's `resources` [default: the job's, or 1000]
-    #[arg(long, value_name = "MHZ", value_parser = clap::value_parser!(u64).range(1..))]
-    cpu: Option<u64>,
-    /// Unveil a path, as in `r:/srv`; the mode is any of r, w, x, c [repeatable]
-    #[arg(long, value_name = "MODE:PATH")]
-    unveil: Vec<String>,
-    /// User to run as, by name [default: the job's, or a dynamic one]
-    #[arg(long, value_name = "USER")]
-    user: Option<String>,
-    /// Set a variable of the task's environment [repeatable]
-    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
-    env: Vec<(String, String)>,
+    #[command(flatten)]
+    given: Given,
     /// The job file
     #[arg(
         value_name = "JOB.nomad.hcl",
@@ -79,34 +67,12 @@ pub struct Run {
     )]
     file: Option<PathBuf>,
     /// The command and its arguments
-    #[arg(last = true, value_name = "COMMAND")]
+    #[arg(
+        last = true,
+        value_name = "COMMAND",
+        conflicts_with_all = ["task", "var", "volume", "meta", "payload", "ignore"]
+    )]
     command: Vec<String>,
-    #[command(flatten)]
-    of_job: OfJob,
-}
-
-/// What only a job file can use.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "For a job file")]
-struct OfJob {
-    /// The task to run, as TASK or GROUP/TASK; needed where the file has several
-    #[arg(long, conflicts_with = "command")]
-    task: Option<String>,
-    /// Give one of the file's variables a value, as `nomad job run -var` does [repeatable]
-    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment, conflicts_with = "command")]
-    var: Vec<(String, String)>,
-    /// The directory of this host that is a volume of the job [repeatable]
-    #[arg(long, value_name = "NAME=/PATH", value_parser = volume, conflicts_with = "command")]
-    volume: Vec<(String, PathBuf)>,
-    /// Metadata for a parameterized job, as `nomad job dispatch -meta` gives it [repeatable]
-    #[arg(long, value_name = "NAME=VALUE", value_parser = assignment, conflicts_with = "command")]
-    meta: Vec<(String, String)>,
-    /// Payload for a parameterized job
-    #[arg(long, value_name = "FILE", conflicts_with = "command")]
-    payload: Option<PathBuf>,
-    /// Run without a block that needs a cluster, as in `artifact` [repeatable]
-    #[arg(long, value_name = "BLOCK", conflicts_with = "command")]
-    ignore: Vec<String>,
 }
 
 #[derive(Debug, Error)]
@@ -132,7 +98,7 @@ pub enum RunError {
 }
 
 /// Nomad's own range for dynamic workload users.
-const DYNAMIC: (u32, u32) = (80_000, 89_999);
+pub const DYNAMIC: (u32, u32) = (80_000, 89_999);
 /// Of a command.
 const CPU_MHZ: u64 = 1000;
 const MEMORY_MIB: u64 = 300;
@@ -163,11 +129,11 @@ impl Run {
         // Before anything exists, so that no Ctrl-C can leave it behind.
         let mut stops = Stops::listen()?;
         let job = match &self.file {
-            Some(file) => Some(JobTask::read(file, &self)?),
+            Some(file) => Some(JobTask::read(file, &self.given)?),
             None => None,
         };
         let of_job = || job.as_ref().map_or(Ok(None), JobTask::account);
-        let account = match &self.user {
+        let account = match &self.given.user {
             Some(name) => Some(users::look_up(name)?),
             None => of_job()?,
         };
@@ -197,7 +163,7 @@ impl Run {
             },
         )?;
         let (request, ending) = match job {
-            Some(job) => job.request(&self, &account, &alloc_id, dir.path(), &paths)?,
+            Some(job) => job.request(&self.given, &account, &alloc_id, dir.path(), &paths)?,
             None => (
                 self.request(&account, &alloc_id, name, dir.path(), &paths),
                 Ending::default(),
@@ -229,8 +195,8 @@ impl Run {
     ) -> TaskRequest {
         let path = |path: &Path| path.display().to_string();
         let (cpu_mhz, memory_mib) = (
-            self.cpu.unwrap_or(CPU_MHZ),
-            self.memory.unwrap_or(MEMORY_MIB),
+            self.given.cpu.unwrap_or(CPU_MHZ),
+            self.given.memory.unwrap_or(MEMORY_MIB),
         );
         let mut env = BTreeMap::from([
             ("NOMAD_TASK_DIR".to_owned(), path(&paths.local)),
@@ -241,7 +207,7 @@ impl Run {
             ("NOMAD_CPU_LIMIT".to_owned(), cpu_mhz.to_string()),
             ("NOMAD_MEMORY_LIMIT".to_owned(), memory_mib.to_string()),
         ]);
-        env.extend(inherited().chain(self.env));
+        env.extend(inherited().chain(self.given.env));
         let (command, args) = self
             .command
             .split_first()
@@ -252,7 +218,7 @@ impl Run {
             options: TaskOptions {
                 command,
                 args,
-                unveil: self.unveil,
+                unveil: self.given.unveil,
                 ..TaskOptions::default()
             },
             names: Names {
@@ -287,7 +253,7 @@ impl Run {
 }
 
 /// What a task gets of the caller's environment.
-fn inherited() -> impl Iterator<Item = (String, String)> {
+pub fn inherited() -> impl Iterator<Item = (String, String)> {
     ["PATH", "LANG", "TERM"]
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)))
@@ -295,11 +261,11 @@ fn inherited() -> impl Iterator<Item = (String, String)> {
 
 /// How a task is stopped, and whether anybody reads what it writes.
 #[derive(Debug)]
-struct Ending {
+pub struct Ending {
     /// `None` passes on the signal that stops us.
     signal: Option<String>,
     timeout: Duration,
-    logs: Logs,
+    pub logs: Logs,
 }
 
 impl Default for Ending {

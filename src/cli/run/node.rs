@@ -12,8 +12,12 @@ use crate::job::{Job, JobError, Port};
 const PORTS: std::ops::RangeInclusive<u16> = 20_000..=32_000;
 const ADDRESS: &str = "127.0.0.1";
 
-/// The node as a job may name it.
-pub fn node(job: &Job, ports: &[Port]) -> Result<Node, JobError> {
+/// The node as a job may name it; `choose` finds a port that is not among the taken ones.
+pub fn node(
+    job: &Job,
+    ports: &[Port],
+    choose: impl Fn(&BTreeSet<u16>) -> Option<u16>,
+) -> Result<Node, JobError> {
     let read = |path: &str| {
         fs::read_to_string(path)
             .unwrap_or_default()
@@ -57,7 +61,7 @@ pub fn node(job: &Job, ports: &[Port]) -> Result<Node, JobError> {
     };
     let mut taken: BTreeSet<u16> = ports.iter().filter_map(|port| port.fixed).collect();
     for port in ports {
-        let number = port.fixed.or_else(|| free_port(&taken)).ok_or_else(|| {
+        let number = port.fixed.or_else(|| choose(&taken)).ok_or_else(|| {
             let message = format!("port `{}`: this host has no free port", port.label);
             JobError::new(port.line, message)
         })?;
@@ -67,12 +71,18 @@ pub fn node(job: &Job, ports: &[Port]) -> Result<Node, JobError> {
     Ok(node)
 }
 
-fn free_port(taken: &BTreeSet<u16>) -> Option<u16> {
+/// One that nobody on this host listens on.
+pub fn free_port(taken: &BTreeSet<u16>) -> Option<u16> {
     // The second for a host without IPv6; where there is one, `::` stands for both.
     let bound =
         |port| TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
     let mut ports = PORTS;
     ports.find(|port| !taken.contains(port) && bound(*port).is_ok())
+}
+
+/// One that stands for what a scheduler picks.
+pub fn some_port(taken: &BTreeSet<u16>) -> Option<u16> {
+    PORTS.into_iter().find(|port| !taken.contains(port))
 }
 
 /// The first CPUs that no other task has reserved, as a kernel list.
@@ -115,7 +125,7 @@ mod tests {
         let job = "job \"j\" {\ngroup \"g\" {\ntask \"t\" {\ndriver = \"exec2\"\n}\n}\n}";
         let job = crate::job::parse(job, &[]).unwrap();
         let ports = [port("a", None), port("b", Some(20_001)), port("c", None)];
-        let node = node(&job, &ports).unwrap();
+        let node = node(&job, &ports, free_port).unwrap();
         let numbers: BTreeSet<u16> = node.ports.iter().map(|(_, number)| *number).collect();
         assert_eq!(numbers.len(), 3, "{:?}", node.ports);
         assert_eq!(node.ports[1], ("b".into(), 20_001));

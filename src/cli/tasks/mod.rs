@@ -10,12 +10,11 @@ use std::time::Duration;
 use clap::Args;
 use thiserror::Error;
 
-use super::run::terminal::{Stops, say};
+use super::terminal::{Stops, colours, say};
 use crate::systemd::Systemd;
 use survey::Survey;
 pub use survey::Task;
 pub use table::COLUMNS;
-use table::Colours;
 
 /// List the tasks on this host, those of Nomad's and of `run`, and what is left over of some
 #[derive(Debug, Args)]
@@ -128,14 +127,4 @@ fn redraw(survey: &Survey) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(frame.as_bytes())?;
     stdout.flush()
-}
-
-/// https://no-color.org
-fn colours() -> Colours {
-    let is_refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    if io::stdout().is_terminal() && !is_refused {
-        Colours::Some
-    } else {
-        Colours::None
-    }
 }

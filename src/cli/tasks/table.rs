@@ -1,6 +1,7 @@
 //! How tasks are shown to people: a table with sizes and times as people read them.
 
 use super::survey::{State, Task};
+use crate::cli::terminal::{Colour, Colours};
 
 pub const COLUMNS: [&str; 10] = [
     "UNIT",
@@ -19,12 +20,6 @@ const STATE: usize = 1;
 const BETWEEN: &str = "  ";
 /// Characters of a node's id that tell it from others, as Nomad shows it.
 const SHORT_ID: usize = 8;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Colours {
-    Some,
-    None,
-}
 
 /// A line for each task below a header; nothing for none.
 pub fn table(tasks: &[Task], colours: Colours) -> String {
@@ -49,12 +44,12 @@ pub fn table(tasks: &[Task], colours: Colours) -> String {
     text
 }
 
-fn line(cells: &[String], widths: &[usize], colour: Option<u8>) -> String {
+fn line(cells: &[String], widths: &[usize], colour: Option<Colour>) -> String {
     let mut line = String::new();
     for (column, (cell, width)) in cells.iter().zip(widths).enumerate() {
         let cell_and_room = format!("{cell:width$}{BETWEEN}");
         match colour.filter(|_| column == STATE) {
-            Some(colour) => line.push_str(&format!("\x1b[{colour}m{cell_and_room}\x1b[0m")),
+            Some(colour) => line.push_str(&colour.paint(&cell_and_room)),
             None => line.push_str(&cell_and_room),
         }
     }
@@ -63,14 +58,13 @@ fn line(cells: &[String], widths: &[usize], colour: Option<u8>) -> String {
     line
 }
 
-/// Green, cyan, yellow and red.
-fn colour(state: State) -> Option<u8> {
+fn colour(state: State) -> Option<Colour> {
     match state {
-        State::Running => Some(32),
+        State::Running => Some(Colour::Green),
         State::Starting => None,
-        State::Frozen => Some(36),
-        State::Ended => Some(33),
-        State::Orphan | State::Leftover => Some(31),
+        State::Frozen => Some(Colour::Cyan),
+        State::Ended => Some(Colour::Yellow),
+        State::Orphan | State::Leftover => Some(Colour::Red),
     }
 }
 

@@ -63,8 +63,13 @@ impl Reader {
         Ok(())
     }
 
-    pub fn network(&mut self, entry: &Entry<'_>, place: &str) -> Result<Vec<Port>, JobError> {
-        let mut ports = Vec::new();
+    /// The ports, and the mode if it is not the host's.
+    pub fn network(
+        &mut self,
+        entry: &Entry<'_>,
+        place: &str,
+    ) -> Result<(Vec<Port>, Option<String>), JobError> {
+        let (mut ports, mut own) = (Vec::new(), None);
         for entry in self.entries(&block_of(entry)?.body) {
             match entry.key {
                 "mode" => {
@@ -72,6 +77,7 @@ impl Reader {
                     if !matches!(mode.as_str(), "" | "host") {
                         let what = format!("{place}: network mode `{mode}`");
                         self.missing(&entry, "network", &what, HOST_NETWORK);
+                        own = Some(mode);
                     }
                 }
                 "port" => ports.push(self.port(&entry)?),
@@ -83,7 +89,7 @@ impl Reader {
                 _ => return Err(entry.unknown("network")),
             }
         }
-        Ok(ports)
+        Ok((ports, own))
     }
 
     fn port(&mut self, entry: &Entry<'_>) -> Result<Port, JobError> {

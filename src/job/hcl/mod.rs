@@ -84,6 +84,7 @@ impl Reader {
                         meta: Vec::new(),
                         volumes: Vec::new(),
                         ports: Vec::new(),
+                        own_network: None,
                         tasks: vec![task],
                     });
                 }
@@ -106,6 +107,7 @@ impl Reader {
             meta: Vec::new(),
             volumes: Vec::new(),
             ports: Vec::new(),
+            own_network: None,
             tasks: Vec::new(),
         };
         self.group = Some(group.name.clone());
@@ -128,8 +130,9 @@ impl Reader {
                     group.tasks.push(task);
                 }
                 "network" => {
-                    let ports = self.network(&entry, &place)?;
+                    let (ports, own) = self.network(&entry, &place)?;
                     group.ports.extend(ports);
+                    group.own_network = own.or(group.own_network);
                 }
                 "volume" => {
                     let volume = self.volume(&entry)?;

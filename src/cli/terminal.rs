@@ -1,6 +1,6 @@
-//! The caller's side of a run: where the task's output goes, and the signals by which people stop it.
+//! The person's side of a command: what is said, colours, where a task's output goes, and the signals by which people stop it.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 
@@ -11,12 +11,43 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::text::one_line;
 
 /// Of a sentence: a screenful, whatever a job's words are.
-const MAX_SENTENCE_BYTES: usize = 1_500;
+pub const MAX_SENTENCE_BYTES: usize = 1_500;
 
 /// A line for the person at the terminal. Rust ignores SIGPIPE, and eprintln! panics when nobody reads.
 pub fn say(sentence: impl std::fmt::Display) {
     let line = one_line(&sentence.to_string(), MAX_SENTENCE_BYTES);
     let _ = writeln!(io::stderr(), "nomad-driver-exec2: {line}");
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Colours {
+    Some,
+    None,
+}
+
+/// https://no-color.org
+pub fn colours() -> Colours {
+    let is_refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    if io::stdout().is_terminal() && !is_refused {
+        Colours::Some
+    } else {
+        Colours::None
+    }
+}
+
+/// Of states: all is well, stands still, worth a look, wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Colour {
+    Green = 32,
+    Cyan = 36,
+    Yellow = 33,
+    Red = 31,
+}
+
+impl Colour {
+    pub fn paint(self, text: &str) -> String {
+        format!("\x1b[{}m{text}\x1b[0m", self as u8)
+    }
 }
 
 /// A pipe whose other end is copied to `target`. The terminal itself is never handed to a task: it could push keystrokes

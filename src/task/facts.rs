@@ -1,0 +1,96 @@
+//! Step 1 of a start: the facts of the host are found out, and everything that will happen is decided.
+
+use std::path::Path;
+use std::time::Duration;
+
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use super::dir::{self, Found};
+use super::table::{TaskTable, lock};
+use super::types::{DriverError, TaskRequest};
+use crate::host;
+use crate::plan::files::Resolver;
+use crate::plan::{Facts, Plan};
+use crate::users::{self, Account, UserError};
+
+/// How long a user or a directory may take to be looked up.
+const LOOK_UP_PATIENCE: Duration = Duration::from_secs(15);
+
+impl TaskTable {
+    /// Finds out the facts and plans.
+    pub(super) async fn plan(&self, request: &TaskRequest) -> Result<Plan, DriverError> {
+        let asked = request.clone();
+        let (account, found) = timeout(LOOK_UP_PATIENCE, spawn_blocking(move || look_up(&asked)))
+            .await
+            .map_err(|_| {
+                DriverError::Transient(format!(
+                    "user {:?} or the task's directory could not be looked up within {} s",
+                    request.user,
+                    LOOK_UP_PATIENCE.as_secs()
+                ))
+            })?
+            .map_err(|error| DriverError::Permanent(error.to_string()))??;
+        self.decide(request, account, found, host::agent_unit("self"))
+    }
+
+    /// The plan of a start on this host, of an allocation that is not there: its task's directory would be at `dir`, and the
+    /// agent in `agent_unit`.
+    pub fn foresee(
+        &self,
+        request: &TaskRequest,
+        account: Account,
+        dir: &Path,
+        agent_unit: Option<String>,
+    ) -> Result<Plan, DriverError> {
+        let found = dir::foreseen(&request.alloc_dir, dir, &request.names.task);
+        self.decide(request, account, found, agent_unit)
+    }
+
+    fn decide(
+        &self,
+        request: &TaskRequest,
+        account: Account,
+        found: Found,
+        agent_unit: Option<String>,
+    ) -> Result<Plan, DriverError> {
+        let settings = self.settings();
+        let resolver = if request.network_namespace.is_some() || request.dns.is_some() {
+            host::resolver()
+        } else {
+            Resolver::default()
+        };
+        let facts = Facts {
+            resolver,
+            account,
+            task_dir: found.task_dir,
+            aliases: found.aliases,
+            compute: settings.compute,
+            grain: *lock(&self.shared.grain),
+            share_cpus: self.share_cpus(),
+            agent_unit,
+            open_files: self.shared.open_files,
+        };
+        Plan::new(&settings.config, request, &facts)
+            .map_err(|error| DriverError::Permanent(error.to_string()))
+    }
+}
+
+/// Facts that need the host's files: the user and the task's directory.
+fn look_up(request: &TaskRequest) -> Result<(Account, Found), DriverError> {
+    let found = dir::find(&request.alloc_dir, &request.names.task, &request.env)
+        .map_err(|error| DriverError::Permanent(error.to_string()))?;
+    let account = match users::look_up(&request.user) {
+        // After an agent restart Nomad forgets the dynamic user it picked, but the directory still belongs to it.
+        Err(UserError::Unset) => {
+            users::look_up(&users::dynamic(found.owner).name).map_err(|_| UserError::Unset)
+        }
+        account => account,
+    };
+    let account = account.map_err(|error| match error {
+        // A directory service that restarts.
+        UserError::Lookup(..) => DriverError::Transient(error.to_string()),
+        _ => DriverError::Permanent(error.to_string()),
+    })?;
+    Ok((account, found))
+}
