@@ -315,10 +315,15 @@ mod tests {
         };
         assert_eq!(keys(inner), [("http", 2), ("rpc", 2)]);
         let list = value(entries[3].node.clone());
-        assert_eq!(list[0], Value::from(1));
-        assert_eq!(list[1], Value::from(true));
-        assert_eq!(list[2], Value::from("é${x(\"y\")}"));
-        assert_eq!(list[3]["a"], Value::from(1.5));
+        let object = [("a".to_owned(), Value::from(1.5))].into_iter().collect();
+        let text = Value::from("é${x(\"y\")}");
+        let wanted = vec![
+            Value::from(1),
+            Value::from(true),
+            text,
+            Value::Object(object),
+        ];
+        assert_eq!(list, Value::Array(wanted));
     }
 
     #[test]
