@@ -196,10 +196,7 @@ async fn idle(
     );
     let at = Some(count as u64);
     for (figures, cpu) in [
-        (
-            [Id::IdleOfPlugin, Id::IdleOfSystemd, Id::IdleOfBus],
-            quiet,
-        ),
+        ([Id::IdleOfPlugin, Id::IdleOfSystemd, Id::IdleOfBus], quiet),
         (
             [Id::StatsOfPlugin, Id::StatsOfSystemd, Id::StatsOfBus],
             asked,

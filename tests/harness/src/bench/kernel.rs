@@ -35,13 +35,17 @@ impl Cgroup {
     pub fn of_process(pid: u32) -> Result<Cgroup> {
         let text = read(Path::new(&format!("/proc/{pid}/cgroup")))?;
         let own = text.lines().find_map(|line| line.strip_prefix("0::/"));
-        Ok(Cgroup::at(Path::new(own.context("no cgroup of version 2")?)))
+        Ok(Cgroup::at(Path::new(
+            own.context("no cgroup of version 2")?,
+        )))
     }
 
     /// CPU time of all that has ever been in it, while it was.
     pub fn cpu_millis(&self) -> Result<f64> {
         let stat = read(&self.0.join("cpu.stat"))?;
-        let usec = stat.lines().find_map(|line| line.strip_prefix("usage_usec "));
+        let usec = stat
+            .lines()
+            .find_map(|line| line.strip_prefix("usage_usec "));
         let usec: u64 = usec.context("cpu.stat has no usage_usec")?.parse()?;
         Ok(usec as f64 / 1e3)
     }
@@ -118,6 +122,10 @@ pub fn descriptors(pid: u32) -> Result<f64> {
 /// CPU time of a process with one thread, since it was forked.
 pub fn cpu_of_process_millis(pid: u32) -> Result<f64> {
     let text = read(Path::new(&format!("/proc/{pid}/schedstat")))?;
-    let nanos: u64 = text.split_whitespace().next().context("schedstat")?.parse()?;
+    let nanos: u64 = text
+        .split_whitespace()
+        .next()
+        .context("schedstat")?
+        .parse()?;
     Ok(nanos as f64 / 1e6)
 }

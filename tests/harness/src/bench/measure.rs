@@ -35,7 +35,8 @@ impl Samples {
     pub fn push(&mut self, figure: Id, who: Who, at: Option<u64>, value: f64) {
         // A thousandth of a millisecond is all that there is to know.
         let value = (value * 1e3).round() / 1e3;
-        let key = |series: &&mut Series| (series.figure, series.who, series.at) == (figure, who, at);
+        let key =
+            |series: &&mut Series| (series.figure, series.who, series.at) == (figure, who, at);
         match self.0.iter_mut().find(key) {
             Some(series) => series.values.push(value),
             None => self.0.push(Series {
@@ -48,7 +49,9 @@ impl Samples {
     }
 
     pub fn tell(self, listener: &mut impl Listener) {
-        self.0.into_iter().for_each(|series| listener.series(series));
+        self.0
+            .into_iter()
+            .for_each(|series| listener.series(series));
     }
 }
 
@@ -140,7 +143,12 @@ async fn turns(
             None,
             programs::round_trip(bus).await?,
         );
-        samples.push(Id::CpuInScope, Who::ForkExec, None, programs::cpu_of_exec()?);
+        samples.push(
+            Id::CpuInScope,
+            Who::ForkExec,
+            None,
+            programs::cpu_of_exec()?,
+        );
     }
     for subject in subjects.iter().filter(|subject| subject.who == Who::Ours) {
         phases(subject, size, &mut samples)?;
@@ -161,12 +169,11 @@ fn phases(subject: &Subject, size: &Size, samples: &mut Samples) -> Result<()> {
         .collect();
     let told = &told[told.len().saturating_sub(size.rounds)..];
     for phases in told {
-        for (phase, figure) in phases.split(", ").zip([
-            Id::PhasePlan,
-            Id::PhaseSpawn,
-            Id::PhaseScope,
-            Id::PhaseExec,
-        ]) {
+        for (phase, figure) in
+            phases
+                .split(", ")
+                .zip([Id::PhasePlan, Id::PhaseSpawn, Id::PhaseScope, Id::PhaseExec])
+        {
             let millis = phase.split(' ').nth(1).context("a phase has its time")?;
             samples.push(figure, Who::Ours, None, millis.parse()?);
         }
@@ -175,11 +182,7 @@ fn phases(subject: &Subject, size: &Size, samples: &mut Samples) -> Result<()> {
 }
 
 /// With a quota in force, and what a sleeping task takes of its memory.
-async fn limited(
-    subjects: &[Subject],
-    size: &Size,
-    listener: &mut impl Listener,
-) -> Result<()> {
+async fn limited(subjects: &[Subject], size: &Size, listener: &mut impl Listener) -> Result<()> {
     let mut samples = Samples::default();
     let mut progress = Progress::new("tasks with limits", size.limited_rounds);
     let mut places = Vec::new();

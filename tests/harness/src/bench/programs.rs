@@ -32,9 +32,26 @@ const SERVICE: &[&str] = &[
 ];
 
 const BWRAP: &[&str] = &[
-    "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--unshare-pid",
-    "--unshare-ipc", "--new-session", "--die-with-parent", "--uid", "65534", "--gid", "65534",
-    "--unshare-user", "--cap-drop", "ALL",
+    "--ro-bind",
+    "/",
+    "/",
+    "--dev",
+    "/dev",
+    "--proc",
+    "/proc",
+    "--tmpfs",
+    "/tmp",
+    "--unshare-pid",
+    "--unshare-ipc",
+    "--new-session",
+    "--die-with-parent",
+    "--uid",
+    "65534",
+    "--gid",
+    "65534",
+    "--unshare-user",
+    "--cap-drop",
+    "ALL",
 ];
 
 fn command(who: Who) -> Result<Command> {
@@ -101,5 +118,8 @@ fn moment(child: &mut Child) -> Result<u64> {
 }
 
 fn end(child: &mut Child) -> Result<()> {
-    Ok(kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM)?)
+    Ok(kill(
+        Pid::from_raw(child.id().cast_signed()),
+        Signal::SIGTERM,
+    )?)
 }

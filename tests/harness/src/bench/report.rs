@@ -127,13 +127,13 @@ impl Raw {
     }
 }
 
-/// Three digits that mean something.
+/// Three digits that mean something; a count has all of them.
 fn number(value: f64) -> String {
     match value.abs() {
+        _ if value.fract() == 0.0 => format!("{value}"),
         100.0.. => format!("{value:.0}"),
         10.0.. => format!("{value:.1}"),
         1.0.. => format!("{value:.2}"),
-        0.0 => "0".into(),
         _ => format!("{value:.3}"),
     }
 }

@@ -9,11 +9,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::Controllers;
 use super::measure::{Candidates, Listener, measure};
 use super::raw::{Host, Raw, Series, Who};
 use super::report;
 use super::size::{Asked, Size};
-use super::Controllers;
 use crate::guest::{self, Boot, Exit, GuestName, Kind, PAYLOAD_DIR, Payload};
 
 /// A full run takes about an hour in an emulated machine.
@@ -83,18 +83,23 @@ fn in_guest(name: GuestName, payload: &Payload, request: &Request) -> Result<Raw
         series: Vec::new(),
     };
     let mut said = String::new();
-    let exit = guest.run(&argv, PATIENCE, &mut |line| match serde_json::from_str(line) {
-        Ok(Line::Host(host)) => raw.host = host,
-        Ok(Line::Size(size)) => raw.size = size,
-        Ok(Line::Series(series)) => raw.series.push(series),
-        Ok(Line::Progress(what)) => println!("{name}: {what}"),
-        Err(_) => said.push_str(&format!("{line}\n")),
-    })?;
+    let exit = guest.run(
+        &argv,
+        PATIENCE,
+        &mut |line| match serde_json::from_str(line) {
+            Ok(Line::Host(host)) => raw.host = host,
+            Ok(Line::Size(size)) => raw.size = size,
+            Ok(Line::Series(series)) => raw.series.push(series),
+            Ok(Line::Progress(what)) => println!("{name}: {what}"),
+            Err(_) => said.push_str(&format!("{line}\n")),
+        },
+    )?;
     if exit != Exit::Code(0) {
         bail!("{name}: the benchmark ended with {exit:?}\n{said}");
     }
     raw.host.commit = commit()?;
-    raw.series.sort_by_key(|series| (series.figure, series.who, series.at));
+    raw.series
+        .sort_by_key(|series| (series.figure, series.who, series.at));
     Ok(raw)
 }
 
@@ -164,7 +169,10 @@ pub fn host(candidates: &Candidates) -> Result<Host> {
     ]);
     if let Some(exec2) = &candidates.exec2 {
         let bytes = fs::metadata(exec2)?.len();
-        versions.insert(Who::Exec2.title().to_owned(), format!("a binary of {bytes} bytes"));
+        versions.insert(
+            Who::Exec2.title().to_owned(),
+            format!("a binary of {bytes} bytes"),
+        );
     }
     let memory = line("/proc/meminfo", "MemTotal")?;
     Ok(Host {
@@ -172,7 +180,9 @@ pub fn host(candidates: &Candidates) -> Result<Host> {
         processor: line("/proc/cpuinfo", "model name")?,
         processors: std::thread::available_parallelism().map_or(1, |count| count.get() as u32),
         memory_mib: memory.trim_end_matches(" kB").parse::<u64>()? / 1024,
-        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
+        kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?
+            .trim()
+            .to_owned(),
         systemd: said("systemctl", &["--version"])?,
         commit: String::new(),
         versions,
@@ -186,7 +196,13 @@ pub fn host(candidates: &Candidates) -> Result<Host> {
 
 fn commit() -> Result<String> {
     let output = Command::new("git")
-        .args(["describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"])
+        .args([
+            "describe",
+            "--always",
+            "--dirty",
+            "--exclude=*",
+            "--abbrev=12",
+        ])
         .output()
         .context("git")?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())

@@ -147,9 +147,10 @@ impl Subject {
                 End::Exit => self.calls.signal(&id, "SIGTERM").await?,
                 End::Stop => self.calls.stop(&id, "SIGTERM", KILL_TIMEOUT).await?,
             }
-            Ok(now_nanos()?)
+            now_nanos()
         };
-        let ((exit, waited), ended, last) = tokio::try_join!(waiting, ending, place.moment_nanos())?;
+        let ((exit, waited), ended, last) =
+            tokio::try_join!(waiting, ending, place.moment_nanos())?;
         ensure!(exit.success(), "{exit:?}");
         let answer = match end {
             End::Exit => waited,

@@ -36,7 +36,9 @@ impl Calls {
 
     pub async fn start(&self, config: TaskConfig) -> Result<TaskHandle, Status> {
         let request = StartTaskRequest { task: Some(config) };
-        let answer = self.soon(self.connection.driver().start_task(request)).await?;
+        let answer = self
+            .soon(self.connection.driver().start_task(request))
+            .await?;
         let handle = answer.into_inner().handle;
         handle.ok_or_else(|| Status::internal("StartTask without a handle"))
     }
@@ -46,13 +48,20 @@ impl Calls {
             task_id: String::new(),
             handle: Some(handle),
         };
-        self.soon(self.connection.driver().recover_task(request)).await.map(drop)
+        self.soon(self.connection.driver().recover_task(request))
+            .await
+            .map(drop)
     }
 
     /// Waits as long as it takes.
     pub async fn wait(&self, id: &str) -> Result<Exit, Status> {
         let request = WaitTaskRequest { task_id: id.into() };
-        let answer = self.connection.driver().wait_task(request).await?.into_inner();
+        let answer = self
+            .connection
+            .driver()
+            .wait_task(request)
+            .await?
+            .into_inner();
         let result = answer
             .result
             .ok_or_else(|| Status::internal("WaitTask without a result"))?;
@@ -75,7 +84,9 @@ impl Calls {
             timeout: prost_types::Duration::try_from(timeout).ok(),
             signal: signal.into(),
         };
-        self.soon(self.connection.driver().stop_task(request)).await.map(drop)
+        self.soon(self.connection.driver().stop_task(request))
+            .await
+            .map(drop)
     }
 
     pub async fn destroy(&self, id: &str, force: bool) -> Result<(), Status> {
@@ -83,7 +94,9 @@ impl Calls {
             task_id: id.into(),
             force,
         };
-        self.soon(self.connection.driver().destroy_task(request)).await.map(drop)
+        self.soon(self.connection.driver().destroy_task(request))
+            .await
+            .map(drop)
     }
 
     pub async fn signal(&self, id: &str, signal: &str) -> Result<(), Status> {
@@ -91,12 +104,16 @@ impl Calls {
             task_id: id.into(),
             signal: signal.into(),
         };
-        self.soon(self.connection.driver().signal_task(request)).await.map(drop)
+        self.soon(self.connection.driver().signal_task(request))
+            .await
+            .map(drop)
     }
 
     pub async fn inspect(&self, id: &str) -> Result<InspectTaskResponse, Status> {
         let request = InspectTaskRequest { task_id: id.into() };
-        let answer = self.soon(self.connection.driver().inspect_task(request)).await?;
+        let answer = self
+            .soon(self.connection.driver().inspect_task(request))
+            .await?;
         Ok(answer.into_inner())
     }
 
@@ -110,7 +127,9 @@ impl Calls {
             task_id: id.into(),
             collection_interval: prost_types::Duration::try_from(interval).ok(),
         };
-        let stream = self.soon(self.connection.driver().task_stats(request)).await?;
+        let stream = self
+            .soon(self.connection.driver().task_stats(request))
+            .await?;
         Ok(stream.into_inner())
     }
 

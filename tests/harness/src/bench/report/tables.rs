@@ -14,8 +14,14 @@ pub fn starts(raw: &Raw, text: &mut String) -> Result<()> {
     let Some(ours) = raw.summary(Id::FirstInstruction, Who::Ours, None) else {
         return Ok(());
     };
-    writeln!(text, "### From the call to the command's first instruction\n")?;
-    writeln!(text, "| | median, ms | 10th to 90th percentile | starts | to this driver |")?;
+    writeln!(
+        text,
+        "### From the call to the command's first instruction\n"
+    )?;
+    writeln!(
+        text,
+        "| | median, ms | 10th to 90th percentile | starts | to this driver |"
+    )?;
     writeln!(text, "| --- | ---: | ---: | ---: | ---: |")?;
     let mut rows: Vec<(Who, Summary)> = raw
         .series
@@ -44,8 +50,11 @@ pub fn starts(raw: &Raw, text: &mut String) -> Result<()> {
 pub fn drivers(raw: &Raw, text: &mut String) -> Result<()> {
     writeln!(text, "### One task at a time\n")?;
     let peer = raw.peer();
-    heading(text, "", peer)?;
-    for figure in Figure::ALL.iter().filter(|figure| figure.part == Part::Turns) {
+    heading(text, peer)?;
+    for figure in Figure::ALL
+        .iter()
+        .filter(|figure| figure.part == Part::Turns)
+    {
         if figure.id == Id::FirstInstruction {
             continue;
         }
@@ -55,7 +64,12 @@ pub fn drivers(raw: &Raw, text: &mut String) -> Result<()> {
         {
             let title = "of which a bare fork and exec of the command takes";
             let peer = if peer.is_some() { " | |" } else { "" };
-            writeln!(text, "| {title}, {} | {} |{peer}", figure.unit, spread(&exec))?;
+            writeln!(
+                text,
+                "| {title}, {} | {} |{peer}",
+                figure.unit,
+                spread(&exec)
+            )?;
         }
     }
     writeln!(text)?;
@@ -69,8 +83,11 @@ pub fn limited(raw: &Raw, text: &mut String) -> Result<()> {
     }
     writeln!(text, "### With limits in force\n")?;
     let peer = raw.peer();
-    heading(text, "", peer)?;
-    for figure in Figure::ALL.iter().filter(|figure| figure.part == Part::Limited) {
+    heading(text, peer)?;
+    for figure in Figure::ALL
+        .iter()
+        .filter(|figure| figure.part == Part::Limited)
+    {
         match figure.id {
             Id::LimitedFirstInstruction => {
                 for mhz in &points {
@@ -104,7 +121,11 @@ pub fn largest_crowd(raw: &Raw, text: &mut String) -> Result<()> {
                 _ => String::new(),
             };
             let (title, unit) = (figure.title, figure.unit);
-            writeln!(text, "| {title}{after} | {} | {unit} |", number(value.median))?;
+            writeln!(
+                text,
+                "| {title}{after} | {} | {unit} |",
+                number(value.median)
+            )?;
         }
     }
     writeln!(text)?;
@@ -181,15 +202,15 @@ fn by_points(raw: &Raw, part: Part, of: &str, text: &mut String) -> Result<()> {
     Ok(())
 }
 
-fn heading(text: &mut String, first: &str, peer: Option<Who>) -> Result<()> {
+fn heading(text: &mut String, peer: Option<Who>) -> Result<()> {
     let ours = Who::Ours.title();
     match peer {
         Some(peer) => {
-            writeln!(text, "| {first} | {ours} | {} | ratio |", peer.title())?;
+            writeln!(text, "| | {ours} | {} | ratio |", peer.title())?;
             writeln!(text, "| --- | ---: | ---: | ---: |")?;
         }
         None => {
-            writeln!(text, "| {first} | {ours} |")?;
+            writeln!(text, "| | {ours} |")?;
             writeln!(text, "| --- | ---: |")?;
         }
     }
@@ -237,7 +258,11 @@ fn spread(summary: &Summary) -> String {
     let median = number(summary.median);
     match summary.count {
         1 => median,
-        _ => format!("{median} ({} to {})", number(summary.p10), number(summary.p90)),
+        _ => format!(
+            "{median} ({} to {})",
+            number(summary.p10),
+            number(summary.p90)
+        ),
     }
 }
 

@@ -78,7 +78,10 @@ fn what_was_not_taken_or_cannot_be_is_a_fault() {
 #[test]
 fn the_page_has_each_guest_its_chart_and_the_peer_where_it_ran() {
     let files = files(&[raw("trixie-nspawn", false), raw("trixie-qemu", true)]).unwrap();
-    let names: Vec<_> = files.iter().map(|(path, _)| path.to_str().unwrap()).collect();
+    let names: Vec<_> = files
+        .iter()
+        .map(|(path, _)| path.to_str().unwrap())
+        .collect();
     let expected = [
         "BENCHMARKS.md",
         "benchmarks/start-trixie-nspawn.svg",
@@ -118,8 +121,8 @@ fn a_budget_is_met_or_missed() {
 
 #[test]
 fn numbers_have_three_digits() {
-    let shown = [0.0, 0.0123, 1.234, 12.34, 1234.5].map(number);
-    assert_eq!(shown, ["0", "0.012", "1.23", "12.3", "1234"]);
+    let shown = [0.0, 0.0123, 1.234, 12.34, 1234.6, 14.0].map(number);
+    assert_eq!(shown, ["0", "0.012", "1.23", "12.3", "1235", "14"]);
 }
 
 /// The committed page and charts are what the committed samples give.
