@@ -166,6 +166,7 @@ pub fn host(candidates: &Candidates) -> Result<Host> {
     let mut versions = BTreeMap::from([
         (Who::Ours.title().to_owned(), said(&ours, &["--version"])?),
         ("bubblewrap".to_owned(), said("bwrap", &["--version"])?),
+        ("client".to_owned(), client().to_owned()),
     ]);
     if let Some(exec2) = &candidates.exec2 {
         let bytes = fs::metadata(exec2)?.len();
@@ -192,6 +193,14 @@ pub fn host(candidates: &Candidates) -> Result<Host> {
             .unwrap_or_default()
             .to_owned(),
     })
+}
+
+/// An unoptimised client is slow enough to be seen in every call.
+fn client() -> &'static str {
+    match cfg!(debug_assertions) {
+        true => "unoptimised",
+        false => "optimised",
+    }
 }
 
 fn commit() -> Result<String> {
