@@ -112,9 +112,6 @@ pub enum Samples {
     Each,
 }
 
-/// `resources { cpu }` of the limited starts.
-pub const LIMITS_MHZ: [u64; 3] = [20, 100, 1_000];
-
 const fn figure(id: Id, title: &'static str, unit: &'static str) -> Figure {
     Figure {
         id,
@@ -299,7 +296,7 @@ impl Figure {
         let points: Vec<Option<u64>> = match self.part {
             Part::Turns => vec![None],
             Part::Limited if self.id == Id::SleepMemory => vec![None],
-            Part::Limited => LIMITS_MHZ.map(Some).to_vec(),
+            Part::Limited => size.limits_mhz.iter().copied().map(Some).collect(),
             Part::Crowds => size.crowds.iter().copied().map(Some).collect(),
             Part::LargestCrowd => vec![Some(size.largest_crowd())],
             Part::Bursts => size.bursts.iter().copied().map(Some).collect(),

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 
 use super::bus::Bus;
-use super::figures::{Id, LIMITS_MHZ};
+use super::figures::Id;
 use super::place::{Job, Place};
 use super::raw::{Series, Who};
 use super::size::Size;
@@ -186,7 +186,7 @@ async fn limited(subjects: &[Subject], size: &Size, listener: &mut impl Listener
     let mut samples = Samples::default();
     let mut progress = Progress::new("tasks with limits", size.limited_rounds);
     let mut places = Vec::new();
-    for cpu_mhz in LIMITS_MHZ {
+    for cpu_mhz in size.limits_mhz.iter().copied() {
         for subject in subjects {
             let job = Job {
                 cpu_mhz,

@@ -7,12 +7,17 @@ use serde::{Deserialize, Serialize};
 
 use super::Controllers;
 
+/// The smallest that is of use, the default, and a whole slow CPU.
+const LIMITS_MHZ: [u64; 3] = [20, 100, 1_000];
+
 /// Numbers of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// Starts of each candidate, in turns.
     pub rounds: usize,
-    /// Starts at each CPU limit.
+    /// `resources { cpu }` of the limited starts.
+    pub limits_mhz: Vec<u64>,
+    /// Starts at each of them.
     pub limited_rounds: usize,
     /// How many tasks run while the plugin is looked at, from none on.
     pub crowds: Vec<u64>,
@@ -57,6 +62,7 @@ impl Size {
     pub fn of(asked: Asked, controllers: Controllers) -> Size {
         let smoke = Size {
             rounds: 4,
+            limits_mhz: Vec::new(),
             limited_rounds: 0,
             crowds: vec![0, 1, 8],
             crowd_rounds: 2,
@@ -69,6 +75,8 @@ impl Size {
             (Asked::Smoke, Controllers::None) => smoke,
             (Asked::Smoke, Controllers::All) => Size {
                 rounds: 2,
+                // An unoptimised helper would take minutes of less.
+                limits_mhz: vec![1_000],
                 limited_rounds: 1,
                 crowds: vec![0, 1],
                 crowd_rounds: 1,
@@ -78,6 +86,7 @@ impl Size {
             },
             (Asked::Quick, Controllers::None) => Size {
                 rounds: 50,
+                limits_mhz: Vec::new(),
                 limited_rounds: 0,
                 crowds: vec![0, 1, 100],
                 crowd_rounds: 20,
@@ -88,6 +97,7 @@ impl Size {
             },
             (Asked::Quick, Controllers::All) => Size {
                 rounds: 10,
+                limits_mhz: LIMITS_MHZ.to_vec(),
                 limited_rounds: 4,
                 crowds: vec![0, 1, 20],
                 crowd_rounds: 4,
@@ -98,6 +108,7 @@ impl Size {
             },
             (Asked::Full, Controllers::None) => Size {
                 rounds: 300,
+                limits_mhz: Vec::new(),
                 limited_rounds: 0,
                 crowds: vec![0, 1, 100, 1_000],
                 crowd_rounds: 100,
@@ -108,6 +119,7 @@ impl Size {
             },
             (Asked::Full, Controllers::All) => Size {
                 rounds: 40,
+                limits_mhz: LIMITS_MHZ.to_vec(),
                 limited_rounds: 12,
                 crowds: vec![0, 1, 50],
                 crowd_rounds: 10,
