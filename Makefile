@@ -41,6 +41,16 @@ packages: ## the .deb, the .rpm and a tarball into target/package
 reproduce: packages ## builds the packages once more, executable and all, from another directory, and compares
 	packaging/reproduce.sh
 
+GUESTS ?= trixie-nspawn trixie-qemu
+SIZE ?= full
+# Apart from the harness, so that the driver is built with the features of a release and no others.
+.PHONY: bench
+bench: host ## measure starts and tasks, and write BENCHMARKS.md: make bench GUESTS=trixie-nspawn SIZE=quick EXEC2=/path
+	$(CARGO) build --release --locked --package nomad-driver-exec2 --bin nomad-driver-exec2
+	$(CARGO) build --release --locked --package harness --bin harness
+	$(CARGO) run --release --quiet --locked --package harness --bin harness -- bench run $(SIZE) $(GUESTS)
+	$(CARGO) run --release --quiet --locked --package harness --bin harness -- bench report
+
 GUEST ?= trixie-qemu
 .PHONY: demo
 demo: host build ## two jobs in a guest, and what systemd and the kernel make of it

@@ -5,6 +5,7 @@
 mod agent;
 mod agent_faults;
 mod bad_input;
+mod bench;
 mod bus;
 mod calls;
 mod check;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         truth::CASES,
         life_cycle::CASES,
         endurance::CASES,
+        bench::CASES,
         run::CASES,
         run_job::CASES,
         faults::CASES,

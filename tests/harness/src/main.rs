@@ -2,11 +2,13 @@
 
 use std::io::IsTerminal;
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use harness::bench::report;
+use harness::bench::run::{self as bench, Request};
 use harness::guest::{self, Boot, Exit, Forward, Guest, GuestName, PAYLOAD_DIR, Payload};
 
 const USAGE: &str = "usage:
@@ -15,6 +17,11 @@ const USAGE: &str = "usage:
   harness script GUEST SCRIPT   run a script inside and show what it prints
   harness hack GUEST            a shell inside; port 4646 of the guest becomes one of this host
   harness pages                 write manual pages and shell completions into packaging/
+  harness bench run SIZE GUEST...
+                                measures the driver beside this program and, if EXEC2= names one, HashiCorp's; keeps the
+                                samples in benchmarks/
+  harness bench report          makes BENCHMARKS.md and the charts of what benchmarks/ has
+SIZE is smoke, quick or full.
 GUEST is trixie-qemu, bookworm-qemu, sid-qemu, or the same with -nspawn.";
 
 /// Nomad's HTTP API.
@@ -64,6 +71,11 @@ fn main() -> ExitCode {
         ["play", driver, nomad] => play(Path::new(driver), Some(Path::new(nomad))),
         ["hack", name] => hack(name),
         ["pages"] => write_pages(),
+        ["bench", "run", size, guests @ ..] if !guests.is_empty() => bench(size, guests),
+        ["bench", "report"] => report::write(Path::new(".")),
+        // What `bench run` runs inside a guest.
+        ["bench", "inside", size] => bench_inside(size, None),
+        ["bench", "inside", size, exec2] => bench_inside(size, Some(exec2)),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);
@@ -102,6 +114,25 @@ fn play(driver: &Path, nomad: Option<&Path>) -> Result<()> {
         .enable_all()
         .build()?;
     runtime.block_on(harness::demo::play(driver, nomad))
+}
+
+fn bench(size: &str, guests: &[&str]) -> Result<()> {
+    let exec2 = std::env::var_os("EXEC2").filter(|path| !path.is_empty());
+    let guests = guests.iter().map(|name| name.parse());
+    bench::run(&Request {
+        guests: guests.collect::<Result<_>>()?,
+        asked: size.parse()?,
+        driver: driver()?,
+        exec2: exec2.map(PathBuf::from),
+        into: PathBuf::from("benchmarks"),
+    })
+}
+
+fn bench_inside(size: &str, exec2: Option<&str>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(bench::inside(size.parse()?, exec2.is_some()))
 }
 
 fn script_inside(name: &str, script: &Path) -> Result<()> {
@@ -181,8 +212,7 @@ fn install(guest: &mut dyn Guest) -> Result<()> {
 }
 
 fn payload() -> Result<Payload> {
-    // cargo puts both executables into the same directory.
-    let driver = std::env::current_exe()?.with_file_name("nomad-driver-exec2");
+    let driver = driver()?;
     let agents = guest::agents()?;
     let agent: Option<&Path> = agents.first().map(|agent| agent.path.as_path());
     let harness = std::env::current_exe()?;
@@ -192,6 +222,11 @@ fn payload() -> Result<Payload> {
     ];
     files.extend(agent.map(|path| ("nomad", path)));
     Payload::new(&files)
+}
+
+/// cargo puts both executables into the same directory.
+fn driver() -> Result<PathBuf> {
+    Ok(std::env::current_exe()?.with_file_name("nomad-driver-exec2"))
 }
 
 /// The usual one if nobody has it.

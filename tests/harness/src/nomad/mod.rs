@@ -17,6 +17,7 @@
 
 mod agent;
 mod allocation;
+mod calls;
 mod cgroup;
 mod check;
 mod connection;
@@ -37,6 +38,7 @@ mod violations;
 
 pub use agent::{Agent, Config, Crashed, Metrics, PluginBlock};
 pub use allocation::Allocation;
+pub use calls::Calls;
 pub use connection::Connection;
 pub use hclog::{Level, Line};
 pub use msgpack::{Profile, encode};

@@ -1,0 +1,269 @@
+//! A whole run inside a guest: one task at a time with the candidates in turns, the same under CPU limits, then many tasks.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+
+use super::bus::Bus;
+use super::figures::Id;
+use super::place::{Job, Place};
+use super::raw::{Series, Who};
+use super::size::Size;
+use super::subject::{End, Subject};
+use super::{Controllers, crowds, install_stamp, kernel, programs};
+
+/// The drivers to measure.
+#[derive(Debug, Clone)]
+pub struct Candidates {
+    pub ours: PathBuf,
+    /// HashiCorp's, which needs the controllers.
+    pub exec2: Option<PathBuf>,
+}
+
+/// Where samples go, and word of what is going on.
+pub trait Listener {
+    fn progress(&mut self, what: &str);
+    fn series(&mut self, series: Series);
+}
+
+/// Series that grow by a sample at a time.
+#[derive(Debug, Default)]
+pub(super) struct Samples(Vec<Series>);
+
+impl Samples {
+    pub fn push(&mut self, figure: Id, who: Who, at: Option<u64>, value: f64) {
+        // A thousandth of a millisecond is all that there is to know.
+        let value = (value * 1e3).round() / 1e3;
+        let key =
+            |series: &&mut Series| (series.figure, series.who, series.at) == (figure, who, at);
+        match self.0.iter_mut().find(key) {
+            Some(series) => series.values.push(value),
+            None => self.0.push(Series {
+                figure,
+                who,
+                at,
+                values: vec![value],
+            }),
+        }
+    }
+
+    pub fn tell(self, listener: &mut impl Listener) {
+        self.0
+            .into_iter()
+            .for_each(|series| listener.series(series));
+    }
+}
+
+/// Measures everything.
+pub async fn measure(
+    candidates: &Candidates,
+    size: &Size,
+    listener: &mut impl Listener,
+) -> Result<()> {
+    install_stamp()?;
+    let controllers = Controllers::here()?;
+    let mut bus = Bus::connect().await?;
+    let mut subjects = vec![Subject::start(Who::Ours, &candidates.ours, &mut bus).await?];
+    if let Some(exec2) = &candidates.exec2 {
+        subjects.push(Subject::start(Who::Exec2, exec2, &mut bus).await?);
+    }
+    turns(&subjects, &mut bus, size, listener).await?;
+    if controllers == Controllers::All {
+        limited(&subjects, size, listener).await?;
+    }
+    // What follows is about how a plugin grows, so it begins with one that has seen nothing.
+    for subject in subjects {
+        subject.agent.finish().await?;
+    }
+    let mut ours = Subject::start(Who::Ours, &candidates.ours, &mut bus).await?;
+    crowds::grow(&mut ours, size, listener).await?;
+    crowds::burst(&mut ours, &mut bus, size, listener).await?;
+    ours.agent.finish().await?;
+    let ours = Subject::start(Who::Ours, &candidates.ours, &mut bus).await?;
+    crowds::cycle(&ours, size, listener).await?;
+    ours.agent.finish().await
+}
+
+async fn turns(
+    subjects: &[Subject],
+    bus: &mut Bus,
+    size: &Size,
+    listener: &mut impl Listener,
+) -> Result<()> {
+    let mut samples = Samples::default();
+    let mut places = Vec::new();
+    for subject in subjects {
+        places.push(Place::new(subject.who, &subject.agent, Job::STAMP).await?);
+    }
+    // The first of each finds cold caches.
+    for (subject, place) in subjects.iter().zip(&mut places) {
+        subject.live(place, End::Exit).await?;
+    }
+    let mut progress = Progress::new("one task at a time", size.rounds);
+    for round in 0..size.rounds {
+        progress.tell(round, listener);
+        let (end, end_figure) = match round % 2 {
+            0 => (End::Exit, Id::ExitToWait),
+            _ => (End::Stop, Id::EndToStop),
+        };
+        for (subject, place) in subjects.iter().zip(&mut places) {
+            let life = subject
+                .live(place, end)
+                .await
+                .with_context(|| format!("{:?}", subject.who))?;
+            let taken = [
+                (Id::FirstInstruction, life.first_instruction_ms),
+                (Id::StartAnswer, life.answer_ms),
+                (Id::CpuInScope, life.cpu_in_scope_ms),
+                (Id::CpuOfPlugin, life.cpu_ms.plugin),
+                (Id::CpuOfSystemd, life.cpu_ms.systemd),
+                (Id::CpuOfBus, life.cpu_ms.bus),
+                (Id::PrivateMemory, life.memory.private_kib),
+                (Id::ProportionalMemory, life.memory.proportional_kib),
+                (end_figure, life.end_ms),
+            ];
+            for (figure, value) in taken {
+                samples.push(figure, subject.who, None, value);
+            }
+        }
+        let others = [
+            Who::SystemdRunScope,
+            Who::SystemdRunService,
+            Who::Bwrap,
+            Who::ForkExec,
+        ];
+        for who in others {
+            let taken = programs::first_instruction(who)?;
+            samples.push(Id::FirstInstruction, who, None, taken);
+        }
+        samples.push(
+            Id::FirstInstruction,
+            Who::Systemd,
+            None,
+            programs::round_trip(bus).await?,
+        );
+        samples.push(
+            Id::CpuInScope,
+            Who::ForkExec,
+            None,
+            programs::cpu_of_exec()?,
+        );
+    }
+    for subject in subjects.iter().filter(|subject| subject.who == Who::Ours) {
+        phases(subject, size, &mut samples)?;
+    }
+    samples.tell(listener);
+    for place in places {
+        place.close().await?;
+    }
+    Ok(())
+}
+
+/// The parts of a start, as the driver logs them: `plan 0.3 ms, spawn 1.2 ms, scope 2.0 ms, exec 0.9 ms`.
+fn phases(subject: &Subject, size: &Size, samples: &mut Samples) -> Result<()> {
+    let lines = subject.agent.log();
+    let told: Vec<&str> = lines
+        .iter()
+        .filter_map(|line| line.fields.get("phases")?.as_str())
+        .collect();
+    let told = &told[told.len().saturating_sub(size.rounds)..];
+    for phases in told {
+        for (phase, figure) in
+            phases
+                .split(", ")
+                .zip([Id::PhasePlan, Id::PhaseSpawn, Id::PhaseScope, Id::PhaseExec])
+        {
+            let millis = phase.split(' ').nth(1).context("a phase has its time")?;
+            samples.push(figure, Who::Ours, None, millis.parse()?);
+        }
+    }
+    Ok(())
+}
+
+/// With a quota in force, and what a sleeping task takes of its memory.
+async fn limited(subjects: &[Subject], size: &Size, listener: &mut impl Listener) -> Result<()> {
+    let mut samples = Samples::default();
+    let mut progress = Progress::new("tasks with limits", size.limited_rounds);
+    let mut places = Vec::new();
+    for cpu_mhz in size.limits_mhz.iter().copied() {
+        for subject in subjects {
+            let job = Job {
+                cpu_mhz,
+                ..Job::STAMP
+            };
+            let place = Place::new(subject.who, &subject.agent, job).await?;
+            places.push((subject, cpu_mhz, place));
+        }
+    }
+    for round in 0..size.limited_rounds {
+        progress.tell(round, listener);
+        for (subject, cpu_mhz, place) in &mut places {
+            let life = subject.live(place, End::Stop).await?;
+            samples.push(
+                Id::LimitedFirstInstruction,
+                subject.who,
+                Some(*cpu_mhz),
+                life.first_instruction_ms,
+            );
+        }
+    }
+    for (_, _, place) in places {
+        place.close().await?;
+    }
+    for subject in subjects {
+        let sleep = Job {
+            command: "sleep",
+            args: &["600"],
+            memory_mib: 64,
+            ..Job::STAMP
+        };
+        let place = Place::new(subject.who, &subject.agent, sleep).await?;
+        for _ in 0..size.limited_rounds {
+            let asked = place.task()?;
+            let id = asked.config.id.clone();
+            subject.calls.start(asked.config.clone()).await?;
+            tokio::time::sleep(crowds::SETTLE).await;
+            let memory = asked.cgroup.memory_kib()?;
+            samples.push(Id::SleepMemory, subject.who, None, memory);
+            // StopTask is measured elsewhere, and not every driver's likes a command that dies of the signal.
+            subject.calls.destroy(&id, true).await?;
+            asked.clear();
+        }
+        place.close().await?;
+    }
+    samples.tell(listener);
+    Ok(())
+}
+
+/// Says how far it is, every few seconds.
+#[derive(Debug)]
+pub(super) struct Progress {
+    what: String,
+    of: usize,
+    told: Option<Instant>,
+}
+
+impl Progress {
+    pub fn new(what: impl Into<String>, of: usize) -> Progress {
+        Progress {
+            what: what.into(),
+            of,
+            told: None,
+        }
+    }
+
+    pub fn tell(&mut self, done: usize, listener: &mut impl Listener) {
+        if self.told.is_none_or(|told| told.elapsed().as_secs() >= 10) {
+            listener.progress(&format!("{}: {done} of {}", self.what, self.of));
+            self.told = Some(Instant::now());
+        }
+    }
+}
+
+/// The pid of the bus.
+pub(super) fn bus_pid() -> Result<u32> {
+    let bus = kernel::Cgroup::at(Path::new("system.slice/dbus.service"));
+    let first = bus.processes()?.first().copied();
+    first.context("no dbus-daemon")
+}
