@@ -81,6 +81,7 @@ const ROOMS: [Room; 16] = [
             "breakpoint",
             "cgroup::unified",
             "mountinfo",
+            "plan::session",
             "plan::steps",
             "record",
             "sys",

@@ -7,7 +7,7 @@ use nix::unistd::execve;
 use rustix::fs::{FileType, stat};
 
 use super::report::Failure;
-use crate::plan::steps::{Order, Step};
+use crate::plan::steps::Step;
 
 /// Where a bare name is looked for if the task's environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
@@ -25,34 +25,38 @@ pub(super) struct Command {
 }
 
 impl Command {
-    pub fn new(order: &Order) -> Result<Command, Failure> {
+    pub fn new(
+        command: &str,
+        args: &[String],
+        env: &[(String, String)],
+        uid: u32,
+    ) -> Result<Command, Failure> {
         let text = |bytes: String| {
             CString::new(bytes).map_err(|_| {
                 Failure::new(Step::Exec, 0)
-                    .on(&order.command)
+                    .on(command)
                     .note("the command, an argument or a variable contains a NUL byte")
             })
         };
-        let words = std::iter::once(&order.command).chain(&order.args);
-        let argv = words.cloned().map(text).collect::<Result<_, _>>()?;
-        let variables = order
-            .env
-            .iter()
-            .map(|(key, value)| format!("{key}={value}"));
+        let words = std::iter::once(command).chain(args.iter().map(String::as_str));
+        let argv = words
+            .map(|word| text(word.to_owned()))
+            .collect::<Result<_, _>>()?;
+        let variables = env.iter().map(|(key, value)| format!("{key}={value}"));
         let environment = variables.map(text).collect::<Result<_, _>>()?;
-        let search_path = (!order.command.contains('/')).then(|| path_of(order));
+        let search_path = (!command.contains('/')).then(|| path_of(env));
         let candidates = match &search_path {
-            None => vec![text(order.command.clone())?],
+            None => vec![text(command.to_owned())?],
             // An empty entry means the working directory, where a task writes: it is not searched.
             Some(path) => path
                 .split(':')
                 .filter(|directory| !directory.is_empty())
-                .map(|directory| text(format!("{directory}/{}", order.command)))
+                .map(|directory| text(format!("{directory}/{command}")))
                 .collect::<Result<_, _>>()?,
         };
         Ok(Command {
-            name: order.command.clone(),
-            uid: order.uid,
+            name: command.into(),
+            uid,
             argv,
             environment,
             candidates,
@@ -110,8 +114,8 @@ impl Command {
     }
 }
 
-fn path_of(order: &Order) -> String {
-    let mut variables = order.env.iter().rev();
+fn path_of(env: &[(String, String)]) -> String {
+    let mut variables = env.iter().rev();
     variables
         .find(|(key, _)| key == "PATH")
         .map_or(DEFAULT_PATH, |(_, value)| value)

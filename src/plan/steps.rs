@@ -182,6 +182,21 @@ pub struct Order {
     pub open_files: (u64, u64),
 }
 
+/// The part of a task's `Order` that a session takes over. The supervisor keeps the order's bytes for as long as the task runs,
+/// and a later release reads them: none of these fields is ever renamed, and a new one has a default.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Identity {
+    pub env: Vec<(String, String)>,
+    pub work_dir: Place,
+    pub uid: u32,
+    pub gid: u32,
+    pub oom_score_adj: i16,
+    pub bounding: u64,
+    pub ambient: u64,
+    pub task_dir: TaskDir,
+    pub open_files: (u64, u64),
+}
+
 /// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskDir {
