@@ -144,8 +144,7 @@ impl Cgroup {
     /// The cgroups right below it.
     pub fn below(&self) -> Vec<Self> {
         let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let directories =
-            entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
         directories
             .map(|entry| Self { path: entry.path() })
             .collect()

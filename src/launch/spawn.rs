@@ -109,9 +109,8 @@ fn not_spawned(error: std::io::Error) -> Failure {
 pub(super) fn sealed(name: &CStr, order: &impl Serialize) -> Result<OwnedFd, Failure> {
     let bytes = rmp_serde::to_vec_named(order)
         .map_err(|error| Failure::new(Step::Spawn, 0).note(error.to_string()))?;
-    let memory =
-        rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .at(Step::Spawn)?;
+    let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        .at(Step::Spawn)?;
     let mut file = File::from(memory);
     file.write_all(&bytes).at(Step::Spawn)?;
     file.rewind().at(Step::Spawn)?;

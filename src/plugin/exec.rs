@@ -66,9 +66,7 @@ fn no_setup() -> Status {
 
 fn status(id: &TaskId, error: DriverError) -> Status {
     match error {
-        DriverError::UnknownTask => {
-            errors::permanent(format!("task not found for given id: {id}"))
-        }
+        DriverError::UnknownTask => errors::permanent(format!("task not found for given id: {id}")),
         error => errors::status(error),
     }
 }
@@ -112,7 +110,9 @@ async fn hear(
             },
         };
         if request.setup.is_some() {
-            return Err(errors::permanent("a session has one setup, its first message"));
+            return Err(errors::permanent(
+                "a session has one setup, its first message",
+            ));
         }
         for said in inputs(request) {
             if input.send(said).await.is_err() {
@@ -143,10 +143,7 @@ fn window(size: wire::exec_task_streaming_request::TerminalSize) -> WindowSize {
     }
 }
 
-async fn tell(
-    output: &mut mpsc::Receiver<Result<SessionOutput, DriverError>>,
-    answers: &Answers,
-) {
+async fn tell(output: &mut mpsc::Receiver<Result<SessionOutput, DriverError>>, answers: &Answers) {
     loop {
         let answer = tokio::select! {
             said = timeout(HEARTBEAT, output.recv()) => match said {
@@ -163,12 +160,7 @@ async fn tell(
 }
 
 fn response(said: SessionOutput) -> Response {
-    let data = |data| {
-        Some(wire::ExecTaskStreamingIoOperation {
-            data,
-            close: false,
-        })
-    };
+    let data = |data| Some(wire::ExecTaskStreamingIoOperation { data, close: false });
     let end = Some(wire::ExecTaskStreamingIoOperation {
         data: Vec::new(),
         close: true,

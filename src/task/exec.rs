@@ -91,7 +91,10 @@ impl TaskTable {
             output: outputs,
         };
         // Of its own: whoever asked may go away at any moment, and somebody has to clear up.
-        tokio::spawn(self.clone().live(task, permit, (order, streams), started, ends));
+        tokio::spawn(
+            self.clone()
+                .live(task, permit, (order, streams), started, ends),
+        );
         let answer = answer.await;
         answer.unwrap_or_else(|_| Err(DriverError::Permanent("the driver failed".into())))?;
         Ok(Session { input, output })
@@ -221,9 +224,8 @@ fn spawn(
     order: &SessionOrder,
     streams: Streams,
 ) -> Result<(Helper, OurEnds), DriverError> {
-    let failed = |error: io::Error| {
-        DriverError::Transient(format!("a session cannot be prepared: {error}"))
-    };
+    let failed =
+        |error: io::Error| DriverError::Transient(format!("a session cannot be prepared: {error}"));
     let (stdio, ours) = pipes(streams).map_err(failed)?;
     let processes = room.open_for_writing("cgroup.procs").map_err(failed)?;
     let kill = room.open_for_writing("cgroup.kill").map_err(failed)?;

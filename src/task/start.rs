@@ -12,9 +12,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::cpus;
-use super::exec;
 use super::dir::{self, Found};
 use super::events::Phases;
+use super::exec;
 use super::helper::{Helper, failed};
 use super::log::of_task;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};

@@ -107,15 +107,22 @@ impl Kept {
         let ending = || Failure::new(Step::Spawn, 0).note("the task is ending");
         let pid = pid(supervisor).ok_or_else(ending)?;
         let dir = format!("/proc/{pid}/fd");
-        let numbers = |name: &str| -> Result<Option<i32>, Failure> {
-            let mut entries = fs::read_dir(&dir).at_path(Step::Spawn, &dir)?.flatten();
-            Ok(entries.find_map(|entry| {
+        let open: Vec<_> = fs::read_dir(&dir)
+            .map_err(|_| ending())?
+            .flatten()
+            .collect();
+        // It lives with at least the two, or is dead.
+        if open.is_empty() {
+            return Err(ending());
+        }
+        let number = |name: &str| -> Option<i32> {
+            open.iter().find_map(|entry| {
                 let is_it = fs::read_link(entry.path()).is_ok_and(|link| link == Path::new(name));
                 is_it.then(|| entry.file_name().to_str()?.parse().ok())?
-            }))
+            })
         };
         let take = |name: &str| {
-            let number = numbers(name)?.ok_or_else(|| {
+            let number = number(name).ok_or_else(|| {
                 Failure::new(Step::Spawn, 0).note(
                     "the task's supervisor keeps no rules for sessions; restart the task, so that this release of the driver starts it",
                 )

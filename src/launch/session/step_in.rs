@@ -133,8 +133,8 @@ fn terminal(size: WindowSize, task: &Identity) -> Result<OwnedFd, Failure> {
 /// Pipes as the standard descriptors, the task's own, so that it can open them again as /dev/stdout.
 fn hand_over(stdio: &[OwnedFd; 3], task: &Identity) -> Result<(), Failure> {
     for pipe in stdio {
-        let is_pipe = rustix::fs::fstat(pipe).at(Step::Session)?.st_mode & libc::S_IFMT
-            == libc::S_IFIFO;
+        let is_pipe =
+            rustix::fs::fstat(pipe).at(Step::Session)?.st_mode & libc::S_IFMT == libc::S_IFIFO;
         if is_pipe {
             let (user, group) = (Uid::from_raw(task.uid), Gid::from_raw(task.gid));
             fchown(pipe, Some(user), Some(group)).at(Step::Session)?;
