@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 use nomad_driver_exec2::proto::grpc::health::v1::{HealthCheckRequest, HealthCheckResponse};
 use nomad_driver_exec2::proto::hashicorp::nomad::plugins::base::proto as base;
 use nomad_driver_exec2::proto::hashicorp::nomad::plugins::drivers::proto as wire;
 use nomad_driver_exec2::proto::hashicorp::nomad::plugins::shared::hclspec;
 
-use crate::client::DRIVER;
 use crate::served::serve;
 
 fn attr(name: &str, kind: &str, required: bool) -> hclspec::Spec {
