@@ -1,7 +1,11 @@
 //! Sessions in running tasks, seen from the guest: `nomad alloc exec`, actions, and the scripts of checks and templates.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -12,6 +16,7 @@ use harness::nomad::proto::driver::{
     ExecTaskStreamingResponse,
 };
 use harness::nomad::{Agent, Task};
+use nix::pty::openpty;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -40,9 +45,10 @@ pub const CASES: &[Case] = &[
     case!(Both, Ours, a_task_gets_nothing_out_of_sessions_in_it),
     case!(Limits, Ours, a_session_is_within_the_tasks_memory_limit),
     case!(Speed, Ours, a_session_begins_soon),
+    case!(Limits, Agent, a_real_agent_opens_sessions, Long),
 ];
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A client's side of a session.
 pub struct Talk {
@@ -142,14 +148,20 @@ impl Talk {
     }
 
     async fn says(&mut self, text: &str) -> Result<()> {
+        let begun = Instant::now();
         while !self.said().contains(text) {
-            ensure!(self.more().await?, "no {text:?} in {:?}", self.said());
+            // Heartbeats come again and again.
+            let more = self.more().await? && begun.elapsed() < PATIENCE;
+            ensure!(more, "no {text:?} in {:?}", self.said());
         }
         Ok(())
     }
 
     async fn end(&mut self) -> Result<i32> {
-        while self.more().await? {}
+        let begun = Instant::now();
+        while self.more().await? {
+            ensure!(begun.elapsed() < PATIENCE, "no end after {:?}", self.said());
+        }
         self.exit
             .with_context(|| format!("no exit after {:?}", self.said()))
     }
@@ -221,16 +233,14 @@ fn a_session_is_in_the_tasks_scope_and_is_what_the_task_is(context: &Context) ->
             let task = alloc.only_task()?;
             let scope = Scope::of(task)?;
             let main = scope.main()?;
-            let mut talk = Talk::shell(
-                &agent,
-                task,
-                "cat /etc/passwd; cat /proc/self/cgroup; pwd; exec sleep 601",
-            )
-            .await?;
-            talk.says("/local\n").await?;
+            let script =
+                "pwd; grep ^0: /proc/self/cgroup; cat /etc/passwd; readlink /proc/self/ns/cgroup; exec sleep 601";
+            let mut talk = Talk::shell(&agent, task, script).await?;
+            talk.says("/etc/passwd: Permission denied").await?;
+            talk.says("cgroup:[").await?;
             let said = talk.said();
-            ensure!(said.contains("/etc/passwd: Permission denied"), "{said}");
-            ensure!(said.contains("0::/exec-1\n"), "{said}");
+            ensure!(said.contains("/local\n"), "{said}");
+            ensure!(said.contains("0::/exec-1\n"), "{said} {:?}", fs::read_link(format!("/proc/{main}/ns/cgroup")));
             let room = scope.dir.join("exec-1");
             let pids = members(&room);
             let [pid] = pids.as_slice() else {
@@ -238,8 +248,10 @@ fn a_session_is_in_the_tasks_scope_and_is_what_the_task_is(context: &Context) ->
             };
             let pid = *pid;
             let cgroup = proc_file(pid, "cgroup")?;
+            // A container has those of v1 beside it.
             ensure!(
-                cgroup == format!("0::/exec2.slice/exec2-share.slice/{}/exec-1", scope.unit),
+                cgroup.lines().last().unwrap_or_default()
+                    == format!("0::/exec2.slice/exec2-share.slice/{}/exec-1", scope.unit),
                 "{cgroup}"
             );
             for kind in ["mnt", "pid", "ipc", "net", "cgroup", "uts", "user"] {
@@ -412,8 +424,8 @@ fn a_terminal_is_one_of_the_tasks_own(context: &Context) -> Result<()> {
             let alloc = agent.run(&job.text()).await?;
             let task = alloc.only_task()?;
             let hosts = fs::read_dir("/dev/pts")?.count();
-            let script =
-                "tty; stty size; trap 'stty size' WINCH; echo ready; read line; read line; exit 5";
+            let script = "tty; stty size; trap 'stty size' WINCH; echo ready
+                while ! [ -e local/go ]; do sleep 0.1; done; read line; read line; exit 5";
             let mut talk =
                 Talk::open(&agent, &task.id(), shell(script), Terminal::Of(30, 90)).await?;
             talk.says("ready").await?;
@@ -429,6 +441,7 @@ fn a_terminal_is_one_of_the_tasks_own(context: &Context) -> Result<()> {
             talk.resize(50, 120).await?;
             talk.resize(100, 100).await?;
             talk.says("100 100").await?;
+            fs::write(task.paths().local.join("go"), "")?;
             talk.send(b"one\n").await?;
             talk.send(b"two\n").await?;
             let seen = talk.ends_with(5).await?;
@@ -439,6 +452,15 @@ fn a_terminal_is_one_of_the_tasks_own(context: &Context) -> Result<()> {
             let mut talk =
                 Talk::open(&agent, &task.id(), shell(script), Terminal::Of(24, 80)).await?;
             talk.says("ready").await?;
+            let scope = Scope::of(task)?;
+            until("it sleeps", || {
+                let running = rooms(&scope)
+                    .iter()
+                    .map(|room| members(room).len())
+                    .sum::<usize>();
+                (running == 2).then_some(())
+            })
+            .await?;
             talk.send(b"\x03").await?;
             talk.says("after").await?;
             ensure!(talk.said().contains("caught"), "{}", talk.said());
@@ -709,7 +731,7 @@ fn what_takes_no_session_says_why(context: &Context) -> Result<()> {
             (
                 &id,
                 vec!["a\0b".into()],
-                "command a\\0b: the command, an argument or a variable contains a NUL byte",
+                "command \"a\\0b\": the command, an argument or a variable contains a NUL byte",
             ),
             (
                 &id,
@@ -763,9 +785,10 @@ const LOOKS: &str = r#"$| = 1; print "up\n";
                 print "$name $what $link\n" if defined $link;
             }
             for my $what ("environ", "maps", "mem", "exe", "fd/3", "fd/0", "root/etc/passwd") {
-                print "$name opened $what\n" if open(my $f, "<", "/proc/$pid/$what");
-                print "$name wrote $what\n" if $what eq "exe" && open($f, "+<", "/proc/$pid/$what");
+                # Of one that has ended some can be opened, and are empty.
+                print "$name read $what\n" if open(my $f, "<", "/proc/$pid/$what") && sysread($f, my $byte, 1);
             }
+            print "$name wrote\n" if open(my $f, "+<", "/proc/$pid/exe");
             $seen{$name}++;
         }
     }
@@ -812,7 +835,10 @@ fn a_task_gets_nothing_out_of_sessions_in_it(context: &Context) -> Result<()> {
             // Control: from outside a session's process shows what the task looked for.
             let mut talk = Talk::shell(&agent, task, "echo up; exec sleep 600").await?;
             talk.says("up").await?;
-            let pid = members(&Scope::of(task)?.dir.join("exec-1"))[0];
+            let scope = Scope::of(task)?;
+            // The room of the one before may be there for a moment.
+            let pid = rooms(&scope).iter().flat_map(|room| members(room)).next();
+            let pid = pid.context("a session's process")?;
             ensure!(
                 fs::read_link(format!("/proc/{pid}/exe")).is_ok()
                     && proc_file(pid, "environ").is_ok()
@@ -878,6 +904,156 @@ fn a_session_begins_soon(context: &Context) -> Result<()> {
         ));
         ensure!(times[25] < Duration::from_secs(1), "{times:?}");
         alloc.stop().await?;
+        agent.finish().await
+    })
+}
+
+/// The CLI, as people use it.
+fn nomad(context: &Context, arguments: &[&str], input: &str) -> Result<Output> {
+    let mut child = Command::new(context.agent())
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    child
+        .stdin
+        .take()
+        .context("stdin")?
+        .write_all(input.as_bytes())?;
+    Ok(child.wait_with_output()?)
+}
+
+/// The CLI with a terminal of its own, and what that shows.
+struct Typed {
+    child: Child,
+    terminal: OwnedFd,
+    shown: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Typed {
+    fn new(context: &Context, arguments: &[&str]) -> Result<Typed> {
+        let pty = openpty(None, None)?;
+        Typed::resize(&pty.master, 40, 100)?;
+        let slave = || anyhow::Ok(Stdio::from(pty.slave.try_clone()?));
+        let child = Command::new("setsid")
+            .args(["--ctty", "--wait"])
+            .arg(context.agent())
+            .args(arguments)
+            .stdin(slave()?)
+            .stdout(slave()?)
+            .stderr(slave()?)
+            .spawn()?;
+        let shown = Arc::new(Mutex::new(Vec::new()));
+        let (mut from, to) = (fs::File::from(pty.master.try_clone()?), shown.clone());
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = from.read(&mut buffer) {
+                to.lock().unwrap().extend(&buffer[..length]);
+            }
+        });
+        Ok(Typed {
+            child,
+            terminal: pty.master,
+            shown,
+        })
+    }
+
+    fn resize(terminal: &OwnedFd, rows: u16, columns: u16) -> Result<()> {
+        let size = rustix::termios::Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        Ok(rustix::termios::tcsetwinsize(terminal, size)?)
+    }
+
+    fn types(&self, text: &str) -> Result<()> {
+        fs::File::from(self.terminal.try_clone()?).write_all(text.as_bytes())?;
+        Ok(())
+    }
+
+    fn shown(&self) -> String {
+        String::from_utf8_lossy(&self.shown.lock().unwrap()).into_owned()
+    }
+
+    async fn shows(&self, text: &str) -> Result<()> {
+        let seen = until(text, || self.shown().contains(text).then_some(())).await;
+        seen.with_context(|| self.shown())
+    }
+}
+
+fn a_real_agent_opens_sessions(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = crate::agent::agent(context).await?;
+        let put = |word: &str| {
+            let word = format!("word={word}");
+            let output = nomad(context, &["var", "put", "-force", "nomad/jobs/case", &word], "")?;
+            ensure!(output.status.success(), "{output:?}");
+            Ok(())
+        };
+        put("one")?;
+        let job = idle()
+            .task("action \"greet\" {\n command = \"/bin/sh\"\n args = [\"-c\", \"echo hello from $NOMAD_TASK_NAME; exit 4\"]\n }")
+            .task("template {\n data = \"{{ with nomadVar \\\"nomad/jobs/case\\\" }}{{ .word }}{{ end }}\"\n destination = \"local/word\"\n change_mode = \"script\"\n change_script {\n command = \"/bin/sh\"\n args = [\"-c\", \"cat local/word >local/changed; cat /proc/self/cgroup >>local/changed\"]\n timeout = \"30s\"\n }\n }");
+        let ids = agent.run(&job.text()).await?;
+        let id = ids.first().context("no allocation")?;
+        agent.wait_for(id, &["running"]).await?;
+        let scope = crate::agent::scope_of(id, "t")?;
+
+        let exec = ["alloc", "exec", "-t=false", "-task", "t", id];
+        let with = |command: &[&'static str]| [exec.as_slice(), command].concat();
+        let output = nomad(context, &with(&["/bin/sh", "-c", "cat; echo err >&2; exit 5"]), "typed\n")?;
+        ensure!(output.status.code() == Some(5), "{output:?}");
+        ensure!(output.stdout == b"typed\n" && output.stderr == b"err\n", "{output:?}");
+        let output = nomad(context, &with(&["no-such-program"]), "")?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && said.contains("command \"no-such-program\": not found in PATH"), "{output:?}");
+
+        let mut typed = Typed::new(context, &["alloc", "exec", "-i", "-t", "-task", "t", id, "/bin/sh"])?;
+        typed.types("tty; stty size; echo re''ady\n")?;
+        typed.shows("ready").await?;
+        ensure!(typed.shown().contains("/dev/pts/0\r\n40 100\r\n"), "{}", typed.shown());
+        Typed::resize(&typed.terminal, 50, 132)?;
+        let mut asked = Instant::now();
+        until("the window has its new size", || {
+            if asked.elapsed() > Duration::from_millis(300) {
+                asked = Instant::now();
+                typed.types("stty size\n").ok()?;
+            }
+            typed.shown().contains("\n50 132\r\n").then_some(())
+        })
+        .await
+        .with_context(|| typed.shown())?;
+        typed.types("exit 5\n")?;
+        let status = typed.child.wait()?;
+        ensure!(status.code() == Some(5), "{status:?}: {}", typed.shown());
+        no_session_is_left(&scope).await?;
+
+        // Nobody tells that a client is gone while its command is silent.
+        let mut silent = Command::new(context.agent())
+            .args(with(&["sleep", "607"]))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        until("it runs", || (rooms(&scope).len() == 1).then_some(())).await?;
+        silent.kill()?;
+        silent.wait()?;
+        no_session_is_left(&scope).await?;
+
+        let output = nomad(context, &["action", "-job", "case", "-group", "g", "-task", "t", "-t=false", "greet"], "")?;
+        ensure!(output.status.code() == Some(4) && output.stdout == b"hello from t\n", "{output:?}");
+
+        put("two")?;
+        let changed = agent.data_dir().join("data/alloc").join(id).join("t/local/changed");
+        let seen = until("the template's script has run", || {
+            fs::read_to_string(&changed).ok().filter(|seen| seen.contains("0::"))
+        })
+        .await?;
+        ensure!(seen.starts_with("two") && seen.contains("0::/exec-"), "{seen}");
+        agent.stop("case").await?;
+        agent.collect().await?;
         agent.finish().await
     })
 }
