@@ -1,16 +1,15 @@
 //! The life of a session: `nomad alloc exec`, an action, a script check. Its command is one of the task's processes, in a
 //! cgroup of its own below the task's scope, so that nothing of it outlives it, whatever it has made of itself.
 
+mod streams;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
@@ -18,9 +17,7 @@ use tokio::time::{sleep, timeout};
 use super::helper;
 use super::log::of_task;
 use super::table::{Task, TaskTable};
-use super::types::{
-    DriverError, ExitResult, SessionInput, SessionOutput, Streams, TaskId, WindowSize,
-};
+use super::types::{DriverError, ExitResult, SessionInput, SessionOutput, Streams, TaskId};
 use super::wait;
 use crate::breakpoint;
 use crate::cgroup::Cgroup;
@@ -28,6 +25,8 @@ use crate::launch::report::{self, Message};
 use crate::launch::session::{self, Entrance, Helper};
 use crate::plan::session::{SessionOrder, SessionStep};
 use crate::sys;
+use crate::text::UnitText;
+use streams::{OurEnds, connect, feed, pipes, tell};
 
 /// Sessions of one task at a time. Each costs a helper of a quarter of a MiB, outside of the task's limits.
 pub(super) const MOST_SESSIONS: usize = 32;
@@ -35,10 +34,6 @@ pub(super) const MOST_SESSIONS: usize = 32;
 const ROOM: &str = "exec-";
 /// How long it may take to start the command: its path may hang.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Of one message of output.
-const CHUNK_BYTES: usize = 16 * 1024;
-/// How long an output that is still open after the session's end may be silent. It was handed to a process of the task.
-const LINGER: Duration = Duration::from_millis(200);
 /// How long killed processes may take to end, and how often that is looked at.
 const AFTER_KILL: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(2);
@@ -118,6 +113,7 @@ impl TaskTable {
         };
         let (program, command) = (self.clone(), order.command.clone());
         let (supervised, place) = (task.clone(), room.clone());
+        let asked = streams;
         let spawned =
             spawn_blocking(move || spawn(&program, &supervised, &place, &order, streams)).await;
         let spawned =
@@ -134,13 +130,7 @@ impl TaskTable {
                 };
                 match begun {
                     Some(Ok((control, terminal))) => {
-                        of_task!(
-                            info,
-                            task.names,
-                            task.unit,
-                            "a session was opened: {}",
-                            crate::text::UnitText::new(&command)
-                        );
+                        told_of(&task, &command, asked);
                         if started.send(Ok(())).is_ok() {
                             converse(control, streams.with(terminal), ends).await;
                         }
@@ -164,6 +154,25 @@ impl TaskTable {
             );
         }
         drop(permit);
+    }
+}
+
+/// Scripts of checks run again and again, and would drown the rest.
+fn told_of(task: &Task, command: &str, streams: Streams) {
+    let command = UnitText::new(command);
+    match streams {
+        Streams::Merged => of_task!(
+            debug,
+            task.names,
+            task.unit,
+            "script in the task: {command}"
+        ),
+        _ => of_task!(
+            info,
+            task.names,
+            task.unit,
+            "session in the task: {command}"
+        ),
     }
 }
 
@@ -202,21 +211,6 @@ fn make_room(scope: &Cgroup) -> Result<Cgroup, DriverError> {
     Err(DriverError::Permanent("task is not running".into()))
 }
 
-/// Our ends of a session's streams.
-#[derive(Debug, Default)]
-struct OurEnds {
-    input: Option<OwnedFd>,
-    output: Option<OwnedFd>,
-    errors: Option<OwnedFd>,
-    terminal: Option<OwnedFd>,
-}
-
-impl OurEnds {
-    fn with(self, terminal: Option<OwnedFd>) -> OurEnds {
-        OurEnds { terminal, ..self }
-    }
-}
-
 fn spawn(
     tasks: &TaskTable,
     task: &Task,
@@ -240,35 +234,6 @@ fn spawn(
     breakpoint::at(SessionStep::SpawnSession);
     let helper = session::spawn(tasks.shared.program.as_fd(), &entrance, order, stdio);
     Ok((helper.map_err(|failure| helper::failed(&failure))?, ours))
-}
-
-/// The command's ends, and ours.
-fn pipes(streams: Streams) -> io::Result<(Option<[OwnedFd; 3]>, OurEnds)> {
-    let pipe = || pipe_with(PipeFlags::CLOEXEC);
-    let (output, theirs) = pipe()?;
-    let ours = OurEnds {
-        output: Some(output),
-        ..OurEnds::default()
-    };
-    match streams {
-        Streams::Terminal(_) => Ok((None, OurEnds::default())),
-        Streams::Merged => {
-            use rustix::fs::{Mode, OFlags, open};
-            let nothing = open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-            let both = theirs.try_clone()?;
-            Ok((Some([nothing, theirs, both]), ours))
-        }
-        Streams::Pipes => {
-            let (their_input, input) = pipe()?;
-            let (errors, their_errors) = pipe()?;
-            let ours = OurEnds {
-                input: Some(input),
-                errors: Some(errors),
-                ..ours
-            };
-            Ok((Some([their_input, theirs, their_errors]), ours))
-        }
-    }
 }
 
 type Control = AsyncFd<OwnedFd>;
@@ -362,134 +327,6 @@ fn exit_of(status: i32) -> ExitResult {
         signal,
         ..ExitResult::default()
     }
-}
-
-#[derive(Debug)]
-struct Connected {
-    input: Option<Sender>,
-    output: Option<Receiver>,
-    errors: Option<Receiver>,
-    terminal: Option<OwnedFd>,
-}
-
-fn connect(ours: OurEnds) -> io::Result<Connected> {
-    let Some(terminal) = ours.terminal else {
-        return Ok(Connected {
-            input: ours.input.map(Sender::from_owned_fd).transpose()?,
-            output: ours.output.map(Receiver::from_owned_fd).transpose()?,
-            errors: ours.errors.map(Receiver::from_owned_fd).transpose()?,
-            terminal: None,
-        });
-    };
-    rustix::io::ioctl_fionbio(&terminal, true)?;
-    Ok(Connected {
-        input: Some(Sender::from_owned_fd_unchecked(terminal.try_clone()?)?),
-        output: Some(Receiver::from_owned_fd_unchecked(terminal.try_clone()?)?),
-        errors: None,
-        terminal: Some(terminal),
-    })
-}
-
-/// Tells an output to its end. A client that does not read stops the command, as a full pipe does.
-async fn tell(
-    source: Option<Receiver>,
-    data: fn(Vec<u8>) -> SessionOutput,
-    end: SessionOutput,
-    output: &mpsc::Sender<Result<SessionOutput, DriverError>>,
-    mut is_over: watch::Receiver<bool>,
-) {
-    let mut buffer = vec![0; CHUNK_BYTES];
-    while let Some(source) = &source {
-        match source.try_read(&mut buffer) {
-            Ok(0) => break,
-            Ok(length) => {
-                let data = data(buffer[..length].to_vec());
-                if output.send(Ok(data)).await.is_err() {
-                    return;
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let was_over = *is_over.borrow_and_update();
-                if was_over {
-                    // All of the session is dead, so that what it has written is there or on its way.
-                    if timeout(LINGER, source.readable()).await.is_err() {
-                        break;
-                    }
-                } else {
-                    tokio::select! {
-                        _ = source.readable() => {}
-                        _ = is_over.changed() => {}
-                    }
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // EIO of a terminal that nobody has open any more.
-            Err(_) => break,
-        }
-    }
-    let _ = output.send(Ok(end)).await;
-}
-
-/// Feeds the command what the client sends. What it does not take any more is thrown away.
-async fn feed(
-    mut inputs: mpsc::Receiver<SessionInput>,
-    mut sink: Option<Sender>,
-    terminal: Option<OwnedFd>,
-) {
-    while let Some(input) = inputs.recv().await {
-        match input {
-            SessionInput::Data(data) => {
-                if let Some(to) = &sink
-                    && write(to, &data).await.is_err()
-                {
-                    sink = None;
-                }
-            }
-            SessionInput::End => match (&terminal, &sink) {
-                (Some(terminal), Some(to)) => {
-                    if let Some(end) = end_of_file(terminal) {
-                        let _ = write(to, &[end]).await;
-                    }
-                }
-                _ => sink = None,
-            },
-            SessionInput::Resize(size) => {
-                if let Some(terminal) = &terminal {
-                    let _ = resize(terminal, size);
-                }
-            }
-        }
-    }
-}
-
-async fn write(to: &Sender, mut data: &[u8]) -> io::Result<()> {
-    while !data.is_empty() {
-        match to.try_write(data) {
-            Ok(written) => data = &data[written..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-/// The character that means it to who reads lines from the terminal; a program that reads keys is told nothing.
-fn end_of_file(terminal: &OwnedFd) -> Option<u8> {
-    let settings = tcgetattr(terminal).ok()?;
-    let reads_lines = settings.local_modes.contains(LocalModes::ICANON);
-    reads_lines.then(|| settings.special_codes[SpecialCodeIndex::VEOF])
-}
-
-/// The kernel sends SIGWINCH to whoever is in the foreground.
-fn resize(terminal: &OwnedFd, size: WindowSize) -> io::Result<()> {
-    let window = Winsize {
-        ws_row: size.rows,
-        ws_col: size.columns,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
-    Ok(tcsetwinsize(terminal, window)?)
 }
 
 /// Kills what is left of a session. What does not end, in uninterruptible sleep, ends with the task at the latest.
