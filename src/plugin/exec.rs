@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::{Status, Streaming};
+use tracing::info;
 
 use super::errors;
 use crate::proto::hashicorp::nomad::plugins::drivers::proto as wire;
@@ -14,6 +15,7 @@ use crate::task::types::{
     DriverError, ExitResult, SessionInput, SessionOutput, Streams, TaskId, WindowSize,
 };
 use crate::task::{Session, Tasks};
+use crate::text::UnitText;
 
 /// Nomad sends the setup at once, and with a terminal its size right after.
 const SETUP_PATIENCE: Duration = Duration::from_secs(10);
@@ -54,7 +56,12 @@ pub async fn stream<T: Tasks>(
     };
     let id = TaskId::new(setup.task_id);
     let session = tasks.exec(&id, setup.command, streams).await;
-    let Session { input, output } = session.map_err(|error| status(&id, error))?;
+    let Session { input, output } = session.map_err(|error| {
+        let refused = status(&id, error);
+        let id = UnitText::new(id.as_str());
+        info!(%id, "no session in the task: {}", refused.message());
+        short(&refused)
+    })?;
     let (answers, receiver) = mpsc::channel(1);
     tokio::spawn(carry(early, requests, input, output, answers));
     Ok(receiver)
@@ -69,6 +76,18 @@ fn status(id: &TaskId, error: DriverError) -> Status {
         DriverError::UnknownTask => errors::permanent(format!("task not found for given id: {id}")),
         error => errors::status(error),
     }
+}
+
+/// A WebSocket ends with at most 123 bytes of words. Nomad's agent puts an error there, after 33 of its own, and of a longer one
+/// its client sees "unexpected EOF" alone.
+fn short(refused: &Status) -> Status {
+    const BYTES: usize = 90;
+    let message = refused.message();
+    if message.len() <= BYTES {
+        return errors::permanent(message);
+    }
+    let end = message.floor_char_boundary(BYTES - '…'.len_utf8());
+    errors::permanent(format!("{}…", &message[..end]))
 }
 
 /// Both ways, until either is over. The session ends when its output is dropped here.

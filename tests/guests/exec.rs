@@ -297,12 +297,12 @@ fn a_session_is_in_the_tasks_scope_and_is_what_the_task_is(context: &Context) ->
                 words.sort();
                 Ok(words)
             };
-            ensure!(
-                environ(pid)? == environ(main)?,
-                "{:?} {:?}",
-                environ(pid)?,
-                environ(main)?
-            );
+            // It has none for a moment, while it is replaced.
+            let same = until("the environment is the task's", || {
+                (environ(pid).ok()? == environ(main).ok()?).then_some(())
+            });
+            same.await
+                .with_context(|| format!("{:?} {:?}", environ(pid), environ(main)))?;
             ensure!(
                 fs::read_link(format!("/proc/{pid}/cwd"))?
                     == fs::read_link(format!("/proc/{main}/cwd"))?

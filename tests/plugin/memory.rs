@@ -155,7 +155,11 @@ impl Tasks for Memory {
                     let _ = tell(SessionOutput::Stdout(line)).await;
                 }
             }
-            while !merged && command != ["quiet"] {
+            let listens = !merged && command != ["quiet"];
+            loop {
+                if !listens {
+                    break;
+                }
                 let said = tokio::select! {
                     said = inputs.recv() => said,
                     () = outputs.closed() => break,
