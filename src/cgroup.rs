@@ -1,4 +1,4 @@
-//! A read-only view of one scope's cgroup, plus `cgroup.kill`. Files only: no policy, no systemd.
+//! A view of one scope's cgroup, plus `cgroup.kill`, and cgroups below it. Files only: no policy, no systemd.
 
 use std::fs;
 use std::io;
@@ -127,16 +127,50 @@ impl Cgroup {
         fs::write(self.path.join("cgroup.freeze"), "0")
     }
 
+    /// The processes in it, without those below it; none if it is gone.
+    pub fn members(&self) -> Vec<u32> {
+        let own = self.read("cgroup.procs").unwrap_or_default();
+        own.lines().filter_map(|pid| pid.parse().ok()).collect()
+    }
+
     /// The processes in it and below it; none if it is gone.
     pub fn processes(&self) -> Vec<u32> {
-        let own = self.read("cgroup.procs").unwrap_or_default();
-        let mut pids: Vec<u32> = own.lines().filter_map(|pid| pid.parse().ok()).collect();
-        let below = fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-        for entry in below {
-            pids.extend(Self { path: entry.path() }.processes());
+        let mut pids = self.members();
+        for below in self.below() {
+            pids.extend(below.processes());
         }
         pids
+    }
+
+    /// The cgroups right below it.
+    pub fn below(&self) -> Vec<Self> {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        directories
+            .map(|entry| Self { path: entry.path() })
+            .collect()
+    }
+
+    /// Makes one right below it, which must not be there.
+    pub fn make_below(&self, name: &str) -> io::Result<Self> {
+        let path = self.path.join(name);
+        fs::create_dir(&path)?;
+        Ok(Self { path })
+    }
+
+    /// Removes it, if it is empty; it may be gone already.
+    pub fn remove(&self) -> io::Result<()> {
+        match fs::remove_dir(&self.path) {
+            Err(error) if !is_gone(&error) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// For another process to write to.
+    pub fn open_for_writing(&self, file: &str) -> io::Result<fs::File> {
+        fs::OpenOptions::new()
+            .write(true)
+            .open(self.path.join(file))
     }
 
     /// Whether a process is in it or below it.

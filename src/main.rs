@@ -10,6 +10,7 @@ fn main() -> ExitCode {
     match first.as_deref().and_then(OsStr::to_str) {
         // Before any thread, runtime, argument parser or logger exists: from here on it is root inside a task.
         Some(launch::SUBCOMMAND) => launch::run(),
+        Some(launch::session::SUBCOMMAND) => launch::session::run(),
         // The operator's `args` of the plugin block are no commands of ours.
         Some(_) if !plugin::is_started_by_nomad() => cli::main(),
         _ => plugin::run(task::TaskTable::new),

@@ -12,12 +12,14 @@ use tokio::io::unix::AsyncFd;
 
 use rustix::io::fcntl_dupfd_cloexec;
 
-/// Highest descriptor number that `spawn_in_pid_namespace` fills; duplicates made before the clone stay above it.
+/// Highest descriptor number that `spawn` fills; duplicates made before the clone stay above it.
 const LOWEST_DUPLICATE: RawFd = 32;
 
-/// A program to be executed as PID 1 of a new PID namespace.
+/// A program to be executed as a child of this process.
 #[derive(Debug)]
 pub struct Program<'a> {
+    /// New namespaces for it, as `libc::CLONE_NEW*`.
+    pub namespaces: c_int,
     /// An O_PATH descriptor of the executable.
     pub file: BorrowedFd<'a>,
     pub argv: &'a [&'a CStr],
@@ -28,9 +30,9 @@ pub struct Program<'a> {
     pub failure_tag: u8,
 }
 
-/// Clones this process into a new PID namespace and executes `program` there, with an empty environment. The caller has
-/// blocked all signals, so that none of its handlers runs in the clone. Returns the pid and a pidfd.
-pub fn spawn_in_pid_namespace(program: &Program<'_>) -> io::Result<(i32, OwnedFd)> {
+/// Clones this process and executes `program` in the clone, with an empty environment. The caller has blocked all signals, so
+/// that none of its handlers runs there. Returns the pid and a pidfd.
+pub fn spawn(program: &Program<'_>) -> io::Result<(i32, OwnedFd)> {
     let file = fcntl_dupfd_cloexec(program.file, LOWEST_DUPLICATE)?;
     let descriptors = program
         .descriptors
@@ -43,7 +45,7 @@ pub fn spawn_in_pid_namespace(program: &Program<'_>) -> io::Result<(i32, OwnedFd
 
     let mut pidfd: c_int = -1;
     let args = libc::clone_args {
-        flags: (libc::CLONE_NEWPID | libc::CLONE_PIDFD) as u64,
+        flags: (program.namespaces | libc::CLONE_PIDFD) as u64,
         pidfd: &raw mut pidfd as u64,
         exit_signal: libc::SIGCHLD as u64,
         // SAFETY: clone_args is plain integers; zero means "not used" for each of them.
@@ -412,4 +414,18 @@ pub fn landlock_abi() -> Option<u32> {
         )
     };
     u32::try_from(abi).ok().filter(|abi| *abi > 0)
+}
+
+/// Restricts the calling thread, and whatever it will execute, with a ruleset that somebody made. Needs no_new_privs.
+pub fn landlock_restrict_self(ruleset: BorrowedFd<'_>) -> io::Result<()> {
+    const NO_FLAGS: c_uint = 0;
+    // SAFETY: integers only; the descriptor is open for the whole call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_restrict_self,
+            ruleset.as_raw_fd(),
+            NO_FLAGS,
+        )
+    };
+    zero(result)
 }

@@ -9,6 +9,8 @@ mod exec;
 mod life;
 #[path = "launch/process.rs"]
 mod process;
+#[path = "launch/session.rs"]
+mod session;
 #[path = "launch/stage.rs"]
 mod stage;
 #[path = "launch/stdio.rs"]

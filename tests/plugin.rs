@@ -10,6 +10,8 @@
 mod about;
 #[path = "plugin/client.rs"]
 mod client;
+#[path = "plugin/exec.rs"]
+mod exec;
 #[path = "plugin/memory.rs"]
 mod memory;
 #[path = "plugin/process.rs"]

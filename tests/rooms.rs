@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use nomad_driver_exec2::cli::tasks;
 use nomad_driver_exec2::config::schema;
+use nomad_driver_exec2::plan::session::SessionStep;
 use nomad_driver_exec2::plan::steps::Step;
 use nomad_driver_exec2::plan::unveil;
 use nomad_driver_exec2::task::StopStep;
@@ -81,6 +82,7 @@ const ROOMS: [Room; 17] = [
             "breakpoint",
             "cgroup::unified",
             "mountinfo",
+            "plan::session",
             "plan::steps",
             "record",
             "sys",
@@ -315,6 +317,17 @@ fn the_readme_quotes_the_steps_of_a_start() {
         "README.md lacks this list:\n{}",
         list.join("\n")
     );
+}
+
+#[test]
+fn the_readme_quotes_the_steps_of_a_session() {
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let list: Vec<String> = SessionStep::ALL
+        .iter()
+        .map(|(step, what)| format!("{}. {what}", step.number()))
+        .collect();
+    let list = list.join("\n");
+    assert!(readme.contains(&list), "README.md lacks this list:\n{list}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use nix::unistd::execve;
 use rustix::fs::{FileType, stat};
 
 use super::report::Failure;
-use crate::plan::steps::{Order, Step};
+use crate::plan::steps::{self, Step};
 
 /// Everything that exec needs, made before the scope pays for it.
 #[derive(Debug)]
@@ -22,27 +22,31 @@ pub(super) struct Command {
 }
 
 impl Command {
-    pub fn new(order: &Order) -> Result<Command, Failure> {
+    pub fn new(
+        command: &str,
+        args: &[String],
+        env: &[(String, String)],
+        uid: u32,
+    ) -> Result<Command, Failure> {
         let text = |bytes: String| {
             CString::new(bytes).map_err(|_| {
                 Failure::new(Step::Exec, 0)
-                    .on(&order.command)
+                    .on(command)
                     .note("the command, an argument or a variable contains a NUL byte")
             })
         };
-        let words = std::iter::once(&order.command).chain(&order.args);
-        let argv = words.cloned().map(text).collect::<Result<_, _>>()?;
-        let variables = order
-            .env
-            .iter()
-            .map(|(key, value)| format!("{key}={value}"));
+        let words = std::iter::once(command).chain(args.iter().map(String::as_str));
+        let argv = words
+            .map(|word| text(word.to_owned()))
+            .collect::<Result<_, _>>()?;
+        let variables = env.iter().map(|(key, value)| format!("{key}={value}"));
         let environment = variables.map(text).collect::<Result<_, _>>()?;
-        let search_path = order.search_path().map(str::to_owned);
-        let candidates = order.candidates().into_iter().map(text);
+        let search_path = steps::search_path(command, env).map(str::to_owned);
+        let candidates = steps::candidates(command, env).into_iter().map(text);
         let candidates = candidates.collect::<Result<_, _>>()?;
         Ok(Command {
-            name: order.command.clone(),
-            uid: order.uid,
+            name: command.into(),
+            uid,
             argv,
             environment,
             candidates,

@@ -12,6 +12,7 @@ mod namespaces;
 mod place;
 mod privileges;
 pub mod report;
+pub mod session;
 mod spawn;
 mod stdio;
 mod supervise;
@@ -19,11 +20,12 @@ mod task;
 mod volumes;
 
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+use serde::de::DeserializeOwned;
 
 use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
@@ -82,7 +84,7 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let record = File::from(sys::inherited(RECORD).at(Step::Open)?);
     let page = SharedPage::map(&record, record::SIZE_BYTES).at(Step::Open)?;
-    let order = read_order()?;
+    let (order, kept) = read_order()?;
     breakpoint::at(Step::Open);
     TaskRoot::open(&order.task_dir, Step::Open)?;
     // The task's own /proc will be read-only: oom_score_adj is written through this one.
@@ -102,8 +104,9 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
         root,
         host_proc,
         stdio: stdio::in_view(outputs)?,
-        command: exec::Command::new(&order)?,
+        command: exec::Command::new(&order.command, &order.args, &order.env, order.uid)?,
         order,
+        kept,
     };
     Ok((prepared, page))
 }
@@ -143,6 +146,7 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
                 root,
                 stdio,
                 command,
+                kept,
             } = prepared;
             // What is not dropped here stays open, and in memory, for as long as the task runs.
             drop((task, order, root, command));
@@ -152,6 +156,7 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
                 host_proc,
                 memory,
                 page,
+                order: kept,
                 log_readers: stdio.into_readers(),
             };
             supervise::run(control, watch)
@@ -166,10 +171,18 @@ fn give_up(to: &OwnedFd, failure: &Failure) -> ! {
     sys::exit_now(127)
 }
 
-fn read_order() -> Result<Order, Failure> {
-    let mut file = File::from(sys::inherited(ORDER).at(Step::Open)?);
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).at(Step::Open)?;
+/// What was ordered, and its bytes, which the supervisor keeps for sessions.
+fn read_order() -> Result<(Order, OwnedFd), Failure> {
+    let order = sys::inherited(ORDER).at(Step::Open)?;
+    Ok((parse(&order)?, order))
+}
+
+/// Whoever has the descriptor, too, may have read from it before.
+fn parse<T: DeserializeOwned>(order: &OwnedFd) -> Result<T, Failure> {
+    let file = File::from(order.try_clone().at(Step::Open)?);
+    let length = file.metadata().at(Step::Open)?.len();
+    let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, 0).at(Step::Open)?;
     rmp_serde::from_slice(&bytes).map_err(|error| {
         Failure::new(Step::Open, 0).note(format!("the order is unreadable: {error}"))
     })

@@ -25,6 +25,7 @@ pub(super) const EXEC_FAILED: u8 = b'E';
 const HELD: u8 = b'H';
 const GO: u8 = b'G';
 const COMMIT: u8 = b'C';
+const ENDED: u8 = b'X';
 
 const PACKET_BYTES: usize = 8 * 1024;
 /// A subject or note is cut here, so that a failure always fits into a packet.
@@ -37,10 +38,12 @@ const DESCRIPTORS: usize = 250;
 pub enum Message {
     /// Everything that charges nothing to the task is done: the helper waits for `release`.
     Parked,
-    /// The command was executed. A pidfd of the main process comes with it.
+    /// The command was executed. A pidfd of the main process comes with it; with a session's, its terminal, if it has one.
     Started,
     /// The command was not executed, and nothing of the task is left.
     Failed(Failure),
+    /// A session's command ended, and whatever it started was killed. A wait(2) status.
+    Ended(i32),
 }
 
 /// Why a start failed.
@@ -153,14 +156,8 @@ pub fn receive(control: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd
         PARKED => Message::Parked,
         STARTED => Message::Started,
         FAILED => Message::Failed(packet.failure()?),
-        EXEC_FAILED => {
-            let errno = packet.body.try_into().map(i32::from_le_bytes);
-            let errno = errno.map_err(|_| unreadable())?;
-            return Ok(Some((
-                Message::Failed(Failure::new(Step::Spawn, errno)),
-                None,
-            )));
-        }
+        ENDED => Message::Ended(packet.number()?),
+        EXEC_FAILED => Message::Failed(Failure::new(Step::Spawn, packet.number()?)),
         _ => return Err(unreadable()),
     };
     Ok(Some((message, packet.descriptors.into_iter().next())))
@@ -210,6 +207,27 @@ fn wait_for(control: impl AsFd, tag: u8) -> io::Result<Word> {
 /// Helper: the command runs.
 pub(super) fn started(control: impl AsFd, main: BorrowedFd<'_>) -> io::Result<()> {
     send(control, STARTED, &[], &[main])
+}
+
+/// Session's helper: the command runs, and this is its terminal.
+pub(super) fn session_started(
+    control: impl AsFd,
+    terminal: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    send(control, STARTED, &[], terminal.as_slice())
+}
+
+/// Session's helper: nothing of it runs any more.
+pub(super) fn session_ended(control: impl AsFd, status: i32) -> io::Result<()> {
+    send(control, ENDED, &status.to_le_bytes(), &[])
+}
+
+/// Session's process: it executes its command next, and this is its terminal.
+pub(super) fn session_ready(
+    channel: impl AsFd,
+    terminal: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    send(channel, HELD, &[], terminal.as_slice())
 }
 
 /// Helper or child: the command was not executed.
@@ -279,6 +297,11 @@ impl Packet {
             body: body.to_vec(),
             descriptors,
         }))
+    }
+
+    fn number(&self) -> io::Result<i32> {
+        let bytes = self.body.as_slice().try_into();
+        bytes.map(i32::from_le_bytes).map_err(|_| unreadable())
     }
 
     fn failure(&self) -> io::Result<Failure> {

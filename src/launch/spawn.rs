@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use serde::Serialize;
 
 use super::report::{At, EXEC_FAILED, Failure};
 use super::{BREAKPOINTS, CONTROL, OUTPUT};
@@ -40,15 +41,8 @@ pub fn spawn(
 ) -> Result<Parked, Failure> {
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .at_path(Step::Spawn, "/dev/null")?;
-    let (ours, theirs) = socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .at(Step::Spawn)?;
-    rustix::io::ioctl_fionbio(&ours, true).at(Step::Spawn)?;
-    let order = sealed(order)?;
+    let (ours, theirs) = control()?;
+    let order = sealed(c"exec2-order", order)?;
 
     let null = null.as_fd();
     let mut descriptors = vec![
@@ -68,20 +62,36 @@ pub fn spawn(
         descriptors.resize(BREAKPOINTS as usize, null);
         descriptors.push(test.as_fd());
     }
-    let program = Program {
+    let (pid, pidfd) = execute(&Program {
+        namespaces: libc::CLONE_NEWPID,
         file: program,
         argv: &ARGV,
         descriptors: &descriptors,
         failure_to: CONTROL,
         failure_tag: EXEC_FAILED,
-    };
-    let (pid, pidfd) =
-        with_signals_blocked(|| sys::spawn_in_pid_namespace(&program).map_err(not_spawned))?;
+    })?;
     Ok(Parked {
         pidfd,
         pid,
         control: ours,
     })
+}
+
+/// Our end of a helper's control socket, non-blocking, and its own.
+pub(super) fn control() -> Result<(OwnedFd, OwnedFd), Failure> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .at(Step::Spawn)?;
+    rustix::io::ioctl_fionbio(&ours, true).at(Step::Spawn)?;
+    Ok((ours, theirs))
+}
+
+pub(super) fn execute(program: &Program<'_>) -> Result<(i32, OwnedFd), Failure> {
+    with_signals_blocked(|| sys::spawn(program).map_err(not_spawned))
 }
 
 fn not_spawned(error: std::io::Error) -> Failure {
@@ -95,15 +105,12 @@ fn not_spawned(error: std::io::Error) -> Failure {
     }
 }
 
-/// The order in memory that nobody can change any more.
-fn sealed(order: &Order) -> Result<OwnedFd, Failure> {
+/// An order in memory that nobody can change any more.
+pub(super) fn sealed(name: &CStr, order: &impl Serialize) -> Result<OwnedFd, Failure> {
     let bytes = rmp_serde::to_vec_named(order)
         .map_err(|error| Failure::new(Step::Spawn, 0).note(error.to_string()))?;
-    let memory = rustix::fs::memfd_create(
-        "exec2-order",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )
-    .at(Step::Spawn)?;
+    let memory = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        .at(Step::Spawn)?;
     let mut file = File::from(memory);
     file.write_all(&bytes).at(Step::Spawn)?;
     file.rewind().at(Step::Spawn)?;

@@ -34,6 +34,8 @@ pub(super) struct Watch {
     pub host_proc: OwnedFd,
     pub memory: Memory,
     pub page: SharedPage,
+    /// Held for sessions, which are to be what the task is.
+    pub order: OwnedFd,
     /// Held, so that the task's log pipes always have a reader.
     pub log_readers: Vec<Reader>,
 }
@@ -47,6 +49,8 @@ pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
         Ok((pidfd, await_exec(&watch.channel, main)?))
     });
     drop((watch.channel, watch.host_proc));
+    // For sessions, as long as the task runs.
+    let _order = watch.order;
     // Landlock rules below /proc die with their inodes, which these descriptors hold.
     let _held = match started {
         Ok((pidfd, held)) => {

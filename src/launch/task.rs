@@ -13,7 +13,7 @@ use super::privileges;
 use super::report::{self, At, Failure};
 use super::stdio::Standard;
 use crate::breakpoint;
-use crate::plan::steps::{Order, Step};
+use crate::plan::steps::{Order, Place, Step};
 use crate::sys;
 
 /// What the helper prepared for the child before the fork.
@@ -24,6 +24,8 @@ pub(super) struct Prepared {
     pub host_proc: OwnedFd,
     pub stdio: Standard,
     pub command: Command,
+    /// The order's own bytes.
+    pub kept: OwnedFd,
 }
 
 /// Becomes the task. `channel` leads to the supervisor and closes at exec.
@@ -34,6 +36,7 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
         host_proc,
         stdio,
         command,
+        ..
     } = prepared;
     breakpoint::at(Step::Session);
     setsid().at(Step::Session)?;
@@ -53,7 +56,7 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
     breakpoint::at(Step::Ambient);
     privileges::keep_only(order.uid, order.bounding, order.ambient)?;
     breakpoint::at(Step::WorkDir);
-    enter_work_dir(order, root)?;
+    enter_work_dir(&order.work_dir, root)?;
     breakpoint::at(Step::Rules);
     let rules = Rules::open(order, root, stdio.fifos())?;
     rules.hold(|descriptors| report::hold(channel, descriptors))?;
@@ -61,24 +64,22 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
     rules.restrict()?;
     breakpoint::at(Step::Signals);
     // Signals were reset when the helper began, where it cost the task nothing; no code since has changed them.
-    set_limits(order)?;
+    set_limits(order.open_files)?;
     sys::close_on_exec_from(3).at(Step::Signals)?;
     breakpoint::at(Step::Exec);
     Err(command.execute())
 }
 
-fn enter_work_dir(order: &Order, root: &TaskRoot) -> Result<(), Failure> {
-    let path = order.work_dir.as_path();
-    root.open_place(&order.work_dir, OFlags::DIRECTORY)
+pub(super) fn enter_work_dir(work_dir: &Place, root: &TaskRoot) -> Result<(), Failure> {
+    root.open_place(work_dir, OFlags::DIRECTORY)
         .and_then(fchdir)
-        .at_path(Step::WorkDir, path)
+        .at_path(Step::WorkDir, work_dir.as_path())
 }
 
 /// The limits that the plugin was started with, not those it gave itself; and no real-time priority, which would run past
 /// the scope's CPU limit.
-fn set_limits(order: &Order) -> Result<(), Failure> {
+pub(super) fn set_limits((current, maximum): (u64, u64)) -> Result<(), Failure> {
     let limit = |value| (value != libc::RLIM_INFINITY).then_some(value);
-    let (current, maximum) = order.open_files;
     let files = Rlimit {
         current: limit(current),
         maximum: limit(maximum),

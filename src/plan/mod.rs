@@ -4,6 +4,7 @@ pub mod capabilities;
 pub mod environment;
 pub mod files;
 pub mod limits;
+pub mod session;
 pub mod signal;
 pub mod steps;
 pub mod unit;

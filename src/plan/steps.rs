@@ -185,27 +185,39 @@ pub struct Order {
 /// Where a bare name is looked for if the task's environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
-impl Order {
-    /// Where a command that is a bare name is looked for.
-    pub fn search_path(&self) -> Option<&str> {
-        let mut variables = self.env.iter().rev();
-        let path = variables.find(|(key, _)| key == "PATH");
-        let path = path.map_or(DEFAULT_PATH, |(_, value)| value);
-        (!self.command.contains('/')).then_some(path)
-    }
+/// Where a command that is a bare name is looked for.
+pub fn search_path<'a>(command: &str, env: &'a [(String, String)]) -> Option<&'a str> {
+    let path = env.iter().rev().find(|(key, _)| key == "PATH");
+    let path = path.map_or(DEFAULT_PATH, |(_, value)| value);
+    (!command.contains('/')).then_some(path)
+}
 
-    /// What is tried as the command, in order.
-    pub fn candidates(&self) -> Vec<String> {
-        match self.search_path() {
-            None => vec![self.command.clone()],
-            // An empty entry means the working directory, where a task writes: it is not searched.
-            Some(path) => path
-                .split(':')
-                .filter(|directory| !directory.is_empty())
-                .map(|directory| format!("{directory}/{}", self.command))
-                .collect(),
-        }
+/// What is tried as the command, in order.
+pub fn candidates(command: &str, env: &[(String, String)]) -> Vec<String> {
+    match search_path(command, env) {
+        None => vec![command.to_owned()],
+        // An empty entry means the working directory, where a task writes: it is not searched.
+        Some(path) => path
+            .split(':')
+            .filter(|directory| !directory.is_empty())
+            .map(|directory| format!("{directory}/{command}"))
+            .collect(),
     }
+}
+
+/// The part of a task's `Order` that a session takes over. The supervisor keeps the order's bytes for as long as the task runs,
+/// and a later release reads them: none of these fields is ever renamed, and a new one has a default.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Identity {
+    pub env: Vec<(String, String)>,
+    pub work_dir: Place,
+    pub uid: u32,
+    pub gid: u32,
+    pub oom_score_adj: i16,
+    pub bounding: u64,
+    pub ambient: u64,
+    pub task_dir: TaskDir,
+    pub open_files: (u64, u64),
 }
 
 /// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.

@@ -10,7 +10,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{convert, errors, hclspec};
+use super::{convert, errors, exec, hclspec};
 use crate::config::schema;
 use crate::config::task::TaskOptions;
 use crate::plan::unit::UnitName;
@@ -134,7 +134,7 @@ impl<T: Tasks> wire::driver_server::Driver for Driver<T> {
     ) -> Result<Response<wire::CapabilitiesResponse>, Status> {
         let capabilities = wire::DriverCapabilities {
             send_signals: true,
-            exec: false,
+            exec: true,
             fs_isolation: FsIsolation::Unveil.into(),
             network_isolation_modes: vec![
                 NetworkIsolationMode::None.into(),
@@ -321,20 +321,27 @@ impl<T: Tasks> wire::driver_server::Driver for Driver<T> {
 
     async fn exec_task(
         &self,
-        _: Request<wire::ExecTaskRequest>,
+        request: Request<wire::ExecTaskRequest>,
     ) -> Result<Response<wire::ExecTaskResponse>, Status> {
-        Err(errors::permanent("ExecTask is not yet implemented"))
+        let request = request.into_inner();
+        let id = TaskId::new(request.task_id);
+        let limit = convert::duration(request.timeout);
+        let (stdout, exit) = exec::to_end(&self.tasks, &id, request.command, limit).await?;
+        Ok(Response::new(wire::ExecTaskResponse {
+            stdout,
+            stderr: Vec::new(),
+            result: Some(convert::exit_result(&exit)),
+        }))
     }
 
     type ExecTaskStreamingStream = Flow<wire::ExecTaskStreamingResponse>;
 
     async fn exec_task_streaming(
         &self,
-        _: Request<Streaming<wire::ExecTaskStreamingRequest>>,
+        request: Request<Streaming<wire::ExecTaskStreamingRequest>>,
     ) -> Result<Response<Self::ExecTaskStreamingStream>, Status> {
-        Err(errors::permanent(
-            "ExecTaskStreaming is not yet implemented",
-        ))
+        let answers = exec::stream(&self.tasks, request.into_inner()).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 
     async fn create_network(

@@ -6,6 +6,7 @@ pub mod controller;
 pub mod convert;
 pub mod driver;
 pub mod errors;
+mod exec;
 pub mod handshake;
 pub mod hclspec;
 mod journal;

@@ -7,10 +7,11 @@ use tokio::sync::watch;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::BroadcastStream;
 
+use super::exec::Session;
 use super::start::Output;
 use super::table::TaskTable;
 use super::types::{
-    Destroy, DriverError, ExitResult, Fingerprint, Saved, TaskEvent, TaskId, TaskRequest,
+    Destroy, DriverError, ExitResult, Fingerprint, Saved, Streams, TaskEvent, TaskId, TaskRequest,
     TaskState, TaskStatus, Topology, Usage,
 };
 use super::{Flow, Tasks};
@@ -79,6 +80,15 @@ impl Tasks for TaskTable {
 
     async fn signal(&self, id: &TaskId, signal: &str) -> Result<(), DriverError> {
         self.signal_task(id, signal).await
+    }
+
+    async fn exec(
+        &self,
+        id: &TaskId,
+        command: Vec<String>,
+        streams: Streams,
+    ) -> Result<Session, DriverError> {
+        self.open_session(id, command, streams).await
     }
 
     fn stats(&self, id: &TaskId, interval: Duration) -> Flow<Usage> {

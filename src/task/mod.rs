@@ -5,6 +5,7 @@ mod cpus;
 mod dir;
 mod driver;
 mod events;
+mod exec;
 mod facts;
 mod fingerprint;
 mod helper;
@@ -28,11 +29,12 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 
 use crate::config::plugin::PluginConfig;
+pub use exec::Session;
 pub use start::Output;
 pub use stop::StopStep;
 pub use table::{RUN_DIR, TaskTable};
 use types::{
-    Destroy, DriverError, ExitResult, Fingerprint, Saved, TaskEvent, TaskId, TaskRequest,
+    Destroy, DriverError, ExitResult, Fingerprint, Saved, Streams, TaskEvent, TaskId, TaskRequest,
     TaskStatus, Topology, Usage,
 };
 
@@ -89,6 +91,14 @@ pub trait Tasks: Send + Sync + 'static {
         id: &TaskId,
         signal: &str,
     ) -> impl Future<Output = Result<(), DriverError>> + Send;
+
+    /// Starts a command in a running task, as one of its processes. It ends with whoever holds the session.
+    fn exec(
+        &self,
+        id: &TaskId,
+        command: Vec<String>,
+        streams: Streams,
+    ) -> impl Future<Output = Result<Session, DriverError>> + Send;
 
     /// Ends with the task; empty for an unknown id.
     fn stats(&self, id: &TaskId, interval: Duration) -> Flow<Usage>;

@@ -16,7 +16,7 @@ use super::table::{Task, TaskTable};
 use super::takeover::Theirs;
 use super::types::{DriverError, Saved, TaskRequest};
 use super::wait::Traces;
-use super::{cpus, wait};
+use super::{cpus, exec, wait};
 use crate::cgroup::{Cgroup, Mark};
 use crate::plan::unit::UnitName;
 use crate::record::Record;
@@ -47,6 +47,8 @@ impl TaskTable {
         match revive(&request, &state) {
             Ok((task, end)) => {
                 of_task!(info, task.names, task.unit, "task recovered");
+                // Their plugin is gone, and their helpers with it, unless those were killed.
+                exec::end_sessions(&task).await;
                 if let Some(record) = end {
                     let ended = self.conclude(&task, record, Traces::default()).await;
                     self.tell_end(&task, &ended);
@@ -116,6 +118,7 @@ fn revive(
         is_killed: AtomicBool::new(false),
         oom_kills_told: Mutex::new(told.unwrap_or(0)),
         oom_turn: Arc::new(Semaphore::new(1)),
+        sessions: Arc::new(Semaphore::new(exec::MOST_SESSIONS)),
         exit: watch::Sender::new(None),
         cgroup,
         unit,

@@ -12,6 +12,7 @@ use tokio::task::spawn_blocking;
 
 use super::cpus;
 use super::events::Phases;
+use super::exec;
 use super::helper::{Helper, failed};
 use super::log::of_task;
 use super::state::{self, DriverState, Process, boot_id, invocation_id};
@@ -136,7 +137,7 @@ impl TaskTable {
             match parked? {
                 (Message::Parked, _) => {}
                 (Message::Failed(failure), _) => return Err(failed(&failure)),
-                (Message::Started, _) => {
+                (Message::Started | Message::Ended(_), _) => {
                     return Err(DriverError::Permanent(
                         "the helper started before it was released".into(),
                     ));
@@ -360,6 +361,7 @@ fn assemble(
         is_killed: AtomicBool::new(false),
         oom_kills_told: Mutex::new(0),
         oom_turn: Arc::new(Semaphore::new(1)),
+        sessions: Arc::new(Semaphore::new(exec::MOST_SESSIONS)),
         cpus: Mutex::new(plan.limits.allowed_cpus.clone()),
         exit: watch::Sender::new(None),
     };

@@ -290,8 +290,8 @@ impl Task {
         })
     }
 
-    /// Sends a signal to every process but the supervisor, which is none of the task's, and the main process. Until no new
-    /// one appears: some may fork meanwhile.
+    /// Sends a signal to every process but the main one, the supervisor, which is none of the task's, and those of sessions,
+    /// which are below. Until no new one appears: some may fork meanwhile.
     fn signal_all(&self, number: i32) {
         let supervisor = self.supervisor_pidfd.as_ref();
         let supervisor = supervisor.and_then(|pidfd| Process::of_pidfd(pidfd.as_fd()));
@@ -304,7 +304,7 @@ impl Task {
         while begun.elapsed() < SIGNAL_PATIENCE {
             let new: Vec<u32> = self
                 .cgroup
-                .processes()
+                .members()
                 .into_iter()
                 .filter(|pid| seen.insert(*pid))
                 .collect();

@@ -93,6 +93,8 @@ pub(super) struct Task {
     pub(super) oom_kills_told: Mutex<u64>,
     /// Held by whoever looks for such kills.
     pub(super) oom_turn: Arc<Semaphore>,
+    /// A permit for each session that may be opened besides those that are.
+    pub(super) sessions: Arc<Semaphore>,
     pub(super) exit: watch::Sender<Option<Ended>>,
 }
 

@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::config::task::TaskOptions;
 pub use crate::plan::limits::{Compute, MemoryMax, Resources};
+pub use crate::plan::session::WindowSize;
 
 /// Nomad's id of one start of a task: `<alloc id>/<task>/<8 hex>`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -202,6 +203,36 @@ pub enum Severity {
     Info,
     /// Something is not as the job asks for it.
     Warning,
+}
+
+/// Where a session's command reads and writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Streams {
+    /// A terminal of this size.
+    Terminal(WindowSize),
+    Pipes,
+    /// It reads nothing, and both of its outputs are told as stdout, in the order in which they were written.
+    Merged,
+}
+
+/// What a session's client sends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SessionInput {
+    Data(Vec<u8>),
+    /// There will be no more data.
+    End,
+    Resize(WindowSize),
+}
+
+/// What a session's client is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SessionOutput {
+    Stdout(Vec<u8>),
+    Stderr(Vec<u8>),
+    StdoutEnd,
+    StderrEnd,
+    /// The last.
+    Exited(ExitResult),
 }
 
 /// Whether tasks can run here, and what a job can constrain on.

@@ -14,6 +14,7 @@ mod cores;
 mod dbus;
 mod endurance;
 mod examples;
+mod exec;
 mod faults;
 mod fitness;
 mod ground;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         scopes::CASES,
         surroundings::CASES,
         jobs::CASES,
+        exec::CASES,
         life::CASES,
         cores::CASES,
         examples::CASES,

@@ -15,7 +15,11 @@ use crate::case;
 use crate::nomad::{Scope, agent, until};
 
 pub const CASES: &[Case] = &[
-    case!(Limits, Ours, a_task_is_in_the_hosts_tools_as_the_manual_shows),
+    case!(
+        Limits,
+        Ours,
+        a_task_is_in_the_hosts_tools_as_the_manual_shows
+    ),
     case!(Limits, Ours, tasks_lists_what_the_manual_shows),
     case!(Limits, Ours, a_run_prints_what_the_manual_shows),
 ];
@@ -92,7 +96,8 @@ fn actual(command: &str, units: &[String]) -> String {
             let stem = unit.strip_suffix(".scope")?.rsplitn(3, '-').nth(2)?;
             Some(stem.to_owned())
         };
-        let unit = task(word).and_then(|of| units.iter().find(|unit| task(unit) == Some(of.clone())));
+        let unit =
+            task(word).and_then(|of| units.iter().find(|unit| task(unit) == Some(of.clone())));
         unit.map_or(word, String::as_str)
     });
     words.collect::<Vec<_>>().join(" ")

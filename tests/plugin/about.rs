@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 
 use nomad_driver_exec2::proto::grpc::health::v1::{HealthCheckRequest, HealthCheckResponse};
 use nomad_driver_exec2::proto::hashicorp::nomad::plugins::base::proto as base;
 use nomad_driver_exec2::proto::hashicorp::nomad::plugins::drivers::proto as wire;
 use nomad_driver_exec2::proto::hashicorp::nomad::plugins::shared::hclspec;
 
-use crate::client::DRIVER;
 use crate::served::serve;
 
 fn attr(name: &str, kind: &str, required: bool) -> hclspec::Spec {
@@ -185,17 +184,6 @@ async fn it_is_healthy_as_itself_and_unknown_as_another() {
 #[tokio::test]
 async fn what_it_does_not_do_is_said_in_the_words_nomads_users_know() {
     let served = serve().await;
-    let exec: Result<wire::ExecTaskResponse, Status> = served
-        .driver("ExecTask", wire::ExecTaskRequest::default())
-        .await;
-    let streaming: Result<Streaming<wire::ExecTaskStreamingResponse>, Status> = served
-        .client
-        .talk(
-            DRIVER,
-            "ExecTaskStreaming",
-            Some(wire::ExecTaskStreamingRequest::default()),
-        )
-        .await;
     let create: Result<wire::CreateNetworkResponse, Status> = served
         .driver("CreateNetwork", wire::CreateNetworkRequest::default())
         .await;
@@ -203,11 +191,6 @@ async fn what_it_does_not_do_is_said_in_the_words_nomads_users_know() {
         .driver("DestroyNetwork", wire::DestroyNetworkRequest::default())
         .await;
     for (error, words) in [
-        (exec.unwrap_err(), "ExecTask is not yet implemented"),
-        (
-            streaming.unwrap_err(),
-            "ExecTaskStreaming is not yet implemented",
-        ),
         (
             create.unwrap_err(),
             "CreateNetwork RPC not supported by driver",

@@ -165,6 +165,26 @@ impl Client {
         Ok(answer.into_inner())
     }
 
+    /// A call with these messages to the plugin.
+    pub async fn pour<Q, R>(
+        &self,
+        service: &str,
+        method: &str,
+        messages: impl tokio_stream::Stream<Item = Q> + Send + 'static,
+    ) -> Result<Streaming<R>, Status>
+    where
+        Q: Message + 'static,
+        R: Message + Default + 'static,
+    {
+        let mut grpc = self.0.clone();
+        grpc.ready().await.unwrap();
+        let codec: ProstCodec<Q, R> = ProstCodec::default();
+        let answer = grpc
+            .streaming(Request::new(messages), path(service, method), codec)
+            .await?;
+        Ok(answer.into_inner())
+    }
+
     /// A call whose messages to the plugin never come to an end.
     pub async fn talk<Q, R>(
         &self,

@@ -1,16 +1,17 @@
 //! Tasks that exist in memory only, to see what the plugin makes of calls and answers.
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nomad_driver_exec2::config::plugin::PluginConfig;
 use nomad_driver_exec2::task::types::{
     Attribute, CpuUsage, Destroy, DriverError, ExitResult, Fingerprint, Health, MemoryUsage, Saved,
-    Severity, TaskEvent, TaskId, TaskRequest, TaskState, TaskStatus, Topology, Usage,
+    SessionInput, SessionOutput, Severity, Streams, TaskEvent, TaskId, TaskRequest, TaskState,
+    TaskStatus, Topology, Usage,
 };
-use nomad_driver_exec2::task::{Flow, Tasks};
-use tokio::sync::{Semaphore, broadcast, watch};
+use nomad_driver_exec2::task::{Flow, Session, Tasks};
+use tokio::sync::{Notify, Semaphore, broadcast, mpsc, watch};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::BroadcastStream;
 
@@ -25,6 +26,8 @@ pub struct Memory {
     pub events: broadcast::Sender<TaskEvent>,
     /// A task whose command is `slow` starts when this has a permit.
     pub gate: Semaphore,
+    /// A session was let go of before its end.
+    pub sessions_closed: Arc<Notify>,
 }
 
 impl Default for Memory {
@@ -42,6 +45,7 @@ impl Default for Memory {
             }),
             events: broadcast::Sender::new(8),
             gate: Semaphore::new(0),
+            sessions_closed: Arc::default(),
         }
     }
 }
@@ -129,6 +133,65 @@ impl Tasks for Memory {
 
     async fn signal(&self, id: &TaskId, signal: &str) -> Result<(), DriverError> {
         self.note(id, format!("signal {signal}"))
+    }
+
+    /// Says how it was asked for, echoes what it is told, and ends at its input's end with 3.
+    async fn exec(
+        &self,
+        id: &TaskId,
+        command: Vec<String>,
+        streams: Streams,
+    ) -> Result<Session, DriverError> {
+        self.note(id, format!("exec {command:?} {streams:?}"))?;
+        let (input, mut inputs) = mpsc::channel(1);
+        let (outputs, output) = mpsc::channel(1);
+        let closed = Arc::clone(&self.sessions_closed);
+        tokio::spawn(async move {
+            let tell = async |said| outputs.send(Ok(said)).await;
+            let merged = streams == Streams::Merged;
+            if command == ["loud"] {
+                for number in 0..10_000 {
+                    let line = format!("{number}\n").into_bytes();
+                    let _ = tell(SessionOutput::Stdout(line)).await;
+                }
+            }
+            let listens = !merged && command != ["quiet"];
+            loop {
+                if !listens {
+                    break;
+                }
+                let said = tokio::select! {
+                    said = inputs.recv() => said,
+                    () = outputs.closed() => break,
+                };
+                match said {
+                    Some(SessionInput::Data(data)) => {
+                        let _ = tell(SessionOutput::Stdout(data)).await;
+                    }
+                    Some(SessionInput::Resize(size)) => {
+                        let size = format!("{size:?}").into_bytes();
+                        let _ = tell(SessionOutput::Stderr(size)).await;
+                    }
+                    Some(SessionInput::End) | None => break,
+                }
+            }
+            if command == ["quiet"] {
+                outputs.closed().await;
+            }
+            for said in [
+                SessionOutput::StdoutEnd,
+                SessionOutput::StderrEnd,
+                SessionOutput::Exited(ExitResult {
+                    code: 3,
+                    ..ExitResult::default()
+                }),
+            ] {
+                if tell(said).await.is_err() {
+                    closed.notify_one();
+                }
+            }
+        });
+        Ok(Session { input, output })
     }
 
     fn stats(&self, id: &TaskId, interval: Duration) -> Flow<Usage> {

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::plan::steps::{Access, Order, Place, Rule, Source};
+use crate::plan::steps::{Access, Order, Place, Rule, Source, candidates, search_path};
 use crate::plan::unveil::Overruled;
 
 /// Something about one rule.
@@ -255,7 +255,7 @@ pub enum Command {
 /// Finds the command as the launcher does, as far as the host's files tell.
 pub fn command(order: &Order) -> Command {
     let mut denied = None;
-    for candidate in order.candidates() {
+    for candidate in candidates(&order.command, &order.env) {
         let path = Path::new(&candidate);
         let is_own = path.is_relative()
             || path.starts_with(&order.task_dir.path)
@@ -281,7 +281,7 @@ pub fn command(order: &Order) -> Command {
         denied.get_or_insert(candidate);
     }
     let name = &order.command;
-    let sentence = match (denied, order.search_path()) {
+    let sentence = match (denied, search_path(&order.command, &order.env)) {
         (Some(found), search) => {
             let found = search.map_or(String::new(), |_| format!("found as {found}; "));
             format!(

@@ -29,7 +29,10 @@ pub fn pages(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
     for subcommand in command.get_subcommands() {
         if subcommand.get_name() != "help" {
             let page = subcommand_page(subcommand)?;
-            files.insert(man.join(format!("{NAME}-{}.8", subcommand.get_name())), page);
+            files.insert(
+                man.join(format!("{NAME}-{}.8", subcommand.get_name())),
+                page,
+            );
         }
     }
     for (shell, extension) in [

@@ -161,7 +161,10 @@ mod tests {
             ("running  a  b\n\n", "running a b"),
             ("id=81c89733-e4dd-4e45-871d-c3c853fd550e", "id=#-#-#-#-#"),
             ("for 1min 4s now", "for # now"),
-            ("deadline in default/service/web", "deadline in default/service/web"),
+            (
+                "deadline in default/service/web",
+                "deadline in default/service/web",
+            ),
         ] {
             assert_eq!(mask(text), masked);
         }
