@@ -16,6 +16,9 @@ _nomad__driver__exec2() {
             ",$1")
                 cmd="nomad__driver__exec2"
                 ;;
+            nomad__driver__exec2,check)
+                cmd="nomad__driver__exec2__subcmd__check"
+                ;;
             nomad__driver__exec2,help)
                 cmd="nomad__driver__exec2__subcmd__help"
                 ;;
@@ -24,6 +27,9 @@ _nomad__driver__exec2() {
                 ;;
             nomad__driver__exec2,tasks)
                 cmd="nomad__driver__exec2__subcmd__tasks"
+                ;;
+            nomad__driver__exec2__subcmd__help,check)
+                cmd="nomad__driver__exec2__subcmd__help__subcmd__check"
                 ;;
             nomad__driver__exec2__subcmd__help,help)
                 cmd="nomad__driver__exec2__subcmd__help__subcmd__help"
@@ -41,7 +47,7 @@ _nomad__driver__exec2() {
 
     case "${cmd}" in
         nomad__driver__exec2)
-            opts="-h -V --help --version run tasks help"
+            opts="-h -V --help --version check run tasks help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -54,9 +60,85 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__help)
-            opts="run tasks help"
+        nomad__subcmd__driver__subcmd__exec2__subcmd__check)
+            opts="-h --json --config --memory --cpu --unveil --user --env --task --var --volume --meta --payload --ignore --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --config)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --memory)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cpu)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --unveil)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --user)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --env)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --task)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --var)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --volume)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --meta)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --payload)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --ignore)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nomad__subcmd__driver__subcmd__exec2__subcmd__help)
+            opts="check run tasks help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        nomad__subcmd__driver__subcmd__exec2__subcmd__help__subcmd__check)
+            opts=""
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi

@@ -28,19 +28,39 @@ _nomad-driver-exec2() {
         (( CURRENT += 1 ))
         curcontext="${curcontext%:*:*}:nomad-driver-exec2-command-$line[1]:"
         case $line[1] in
-            (run)
+            (check)
+_arguments "${_arguments_options[@]}" : \
+'*--config=[The agent'\''s configuration, a file or a directory \[repeatable; default\: that of the agent that runs, or /etc/nomad.d\]]:PATH:_files' \
+'--memory=[Memory limit\: a number of MiB, or with K, M or G \[default\: the job'\''s, or 300M\]]:SIZE:_default' \
+'--cpu=[CPU limit in MHz, as in a job'\''s \`resources\` \[default\: the job'\''s, or 1000\]]:MHZ:_default' \
+'*--unveil=[Unveil a path, as in \`r\:/srv\`; the mode is any of r, w, x, c \[repeatable\]]:MODE:PATH:_default' \
+'--user=[User to run as, by name \[default\: the job'\''s, or a dynamic one\]]:USER:_default' \
+'*--env=[Set a variable of the task'\''s environment \[repeatable\]]:NAME=VALUE:_default' \
+'--task=[The task, as TASK or GROUP/TASK \[default\: the only main one; of check, all\]]:TASK:_default' \
+'*--var=[Give one of the file'\''s variables a value, as \`nomad job run -var\` does \[repeatable\]]:NAME=VALUE:_default' \
+'*--volume=[The directory of this host that is a volume of the job \[repeatable\]]:NAME=/PATH:_default' \
+'*--meta=[Metadata for a parameterized job, as \`nomad job dispatch -meta\` gives it \[repeatable\]]:NAME=VALUE:_default' \
+'--payload=[Payload for a parameterized job]:FILE:_files' \
+'*--ignore=[Do without a block that needs a cluster, as in \`artifact\` \[repeatable\]]:BLOCK:_default' \
+'--json[Print an array of objects in one line]' \
+'-h[Print help]' \
+'--help[Print help]' \
+'::file -- The job file:_files' \
+&& ret=0
+;;
+(run)
 _arguments "${_arguments_options[@]}" : \
 '--memory=[Memory limit\: a number of MiB, or with K, M or G \[default\: the job'\''s, or 300M\]]:SIZE:_default' \
 '--cpu=[CPU limit in MHz, as in a job'\''s \`resources\` \[default\: the job'\''s, or 1000\]]:MHZ:_default' \
 '*--unveil=[Unveil a path, as in \`r\:/srv\`; the mode is any of r, w, x, c \[repeatable\]]:MODE:PATH:_default' \
 '--user=[User to run as, by name \[default\: the job'\''s, or a dynamic one\]]:USER:_default' \
 '*--env=[Set a variable of the task'\''s environment \[repeatable\]]:NAME=VALUE:_default' \
-'()--task=[The task to run, as TASK or GROUP/TASK; needed where the file has several]:TASK:_default' \
-'()*--var=[Give one of the file'\''s variables a value, as \`nomad job run -var\` does \[repeatable\]]:NAME=VALUE:_default' \
-'()*--volume=[The directory of this host that is a volume of the job \[repeatable\]]:NAME=/PATH:_default' \
-'()*--meta=[Metadata for a parameterized job, as \`nomad job dispatch -meta\` gives it \[repeatable\]]:NAME=VALUE:_default' \
-'()--payload=[Payload for a parameterized job]:FILE:_files' \
-'()*--ignore=[Run without a block that needs a cluster, as in \`artifact\` \[repeatable\]]:BLOCK:_default' \
+'--task=[The task, as TASK or GROUP/TASK \[default\: the only main one; of check, all\]]:TASK:_default' \
+'*--var=[Give one of the file'\''s variables a value, as \`nomad job run -var\` does \[repeatable\]]:NAME=VALUE:_default' \
+'*--volume=[The directory of this host that is a volume of the job \[repeatable\]]:NAME=/PATH:_default' \
+'*--meta=[Metadata for a parameterized job, as \`nomad job dispatch -meta\` gives it \[repeatable\]]:NAME=VALUE:_default' \
+'--payload=[Payload for a parameterized job]:FILE:_files' \
+'*--ignore=[Do without a block that needs a cluster, as in \`artifact\` \[repeatable\]]:BLOCK:_default' \
 '-h[Print help]' \
 '--help[Print help]' \
 '::file -- The job file:_files' \
@@ -67,7 +87,11 @@ _arguments "${_arguments_options[@]}" : \
         (( CURRENT += 1 ))
         curcontext="${curcontext%:*:*}:nomad-driver-exec2-help-command-$line[1]:"
         case $line[1] in
-            (run)
+            (check)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(run)
 _arguments "${_arguments_options[@]}" : \
 && ret=0
 ;;
@@ -91,20 +115,32 @@ esac
 (( $+functions[_nomad-driver-exec2_commands] )) ||
 _nomad-driver-exec2_commands() {
     local commands; commands=(
+'check:Check whether this host is fit for the driver, or what a job'\''s tasks would be given on it; nothing is run or changed' \
 'run:Run a command, or a task of a job file, as a task\: in its own systemd scope, limited, and with nothing open to it but what is unveiled' \
 'tasks:List the tasks on this host, those of Nomad'\''s and of \`run\`, and what is left over of some' \
 'help:Print this message or the help of the given subcommand(s)' \
     )
     _describe -t commands 'nomad-driver-exec2 commands' commands "$@"
 }
+(( $+functions[_nomad-driver-exec2__subcmd__check_commands] )) ||
+_nomad-driver-exec2__subcmd__check_commands() {
+    local commands; commands=()
+    _describe -t commands 'nomad-driver-exec2 check commands' commands "$@"
+}
 (( $+functions[_nomad-driver-exec2__subcmd__help_commands] )) ||
 _nomad-driver-exec2__subcmd__help_commands() {
     local commands; commands=(
+'check:Check whether this host is fit for the driver, or what a job'\''s tasks would be given on it; nothing is run or changed' \
 'run:Run a command, or a task of a job file, as a task\: in its own systemd scope, limited, and with nothing open to it but what is unveiled' \
 'tasks:List the tasks on this host, those of Nomad'\''s and of \`run\`, and what is left over of some' \
 'help:Print this message or the help of the given subcommand(s)' \
     )
     _describe -t commands 'nomad-driver-exec2 help commands' commands "$@"
+}
+(( $+functions[_nomad-driver-exec2__subcmd__help__subcmd__check_commands] )) ||
+_nomad-driver-exec2__subcmd__help__subcmd__check_commands() {
+    local commands; commands=()
+    _describe -t commands 'nomad-driver-exec2 help check commands' commands "$@"
 }
 (( $+functions[_nomad-driver-exec2__subcmd__help__subcmd__help_commands] )) ||
 _nomad-driver-exec2__subcmd__help__subcmd__help_commands() {

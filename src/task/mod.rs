@@ -29,7 +29,7 @@ use tokio::sync::watch;
 use tokio_stream::Stream;
 
 use crate::config::plugin::PluginConfig;
-pub use exec::Session;
+pub use self::exec::Session;
 pub use start::Output;
 pub use stop::StopStep;
 pub use table::{RUN_DIR, TaskTable};

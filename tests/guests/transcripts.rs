@@ -1,6 +1,7 @@
 //! What README.md and the manual page show of a terminal is what a host shows: every transcript is typed again.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -22,11 +23,19 @@ pub const CASES: &[Case] = &[
     ),
     case!(Limits, Ours, tasks_lists_what_the_manual_shows),
     case!(Limits, Ours, a_run_prints_what_the_manual_shows),
+    case!(
+        ProgramLimits,
+        Ours,
+        check_tells_of_host_and_job_what_the_manual_shows
+    ),
 ];
 
 const README: &str = include_str!("../../README.md");
 const SERVICE: &str = include_str!("../nomad/service.nomad.hcl");
 const EXIT7: &str = include_str!("../nomad/exit7.nomad.hcl");
+const NGINX: &str = include_str!("../nomad/nginx.nomad.hcl");
+const AGENT_CONFIG: &str = "/etc/nomad.d/nomad.hcl";
+const PLUGINS: &str = "/opt/nomad/plugins";
 /// Has run for a while, and then exits with 3.
 const DUMP: &str = r#"
 job "dump" {
@@ -107,8 +116,8 @@ fn typed(context: &Context, script: &str) -> Result<String> {
     let dir = tempfile::tempdir()?;
     fs::create_dir_all(dir.path().join("tests/nomad"))?;
     fs::write(dir.path().join("tests/nomad/exit7.nomad.hcl"), EXIT7)?;
-    fs::write(dir.path().join("service.nomad.hcl"), SERVICE)?;
-    std::os::unix::fs::symlink(context.driver(), dir.path().join("nomad-driver-exec2"))?;
+    fs::write(dir.path().join("tests/nomad/nginx.nomad.hcl"), NGINX)?;
+    symlink(context.driver(), dir.path().join("nomad-driver-exec2"))?;
     let path = std::env::var("PATH").unwrap_or_default();
     let output = Command::new("sh")
         .args(["-c", &format!("exec 2>&1\n{script}")])
@@ -177,4 +186,40 @@ fn run_of_sleep(context: &Context) -> Result<Child> {
 fn a_run_prints_what_the_manual_shows(context: &Context) -> Result<()> {
     ensure!(!Path::new("/nope").exists());
     context.block_on(compare(context, "run", &[]))
+}
+
+fn check_tells_of_host_and_job_what_the_manual_shows(context: &Context) -> Result<()> {
+    fs::create_dir_all(PLUGINS)?;
+    fs::create_dir_all(Path::new(AGENT_CONFIG).parent().context("a parent")?)?;
+    let plugin = Path::new(PLUGINS).join("nomad-driver-exec2");
+    symlink(context.driver(), &plugin)?;
+    let compared = context.block_on(async {
+        configure(r#"["r:/srv/shared"]"#)?;
+        compare(context, "check", &[]).await?;
+        configure(r#"["r:/etc/ssl/openssl.cnf"]"#)?;
+        compare(context, "check-job", &[]).await
+    });
+    fs::remove_file(plugin)?;
+    fs::remove_file(AGENT_CONFIG)?;
+    compared
+}
+
+fn configure(unveil_paths: &str) -> Result<()> {
+    let text = format!(
+        r#"plugin_dir = "{PLUGINS}"
+
+client {{
+  enabled           = true
+  cpu_total_compute = 2000
+}}
+
+plugin "nomad-driver-exec2" {{
+  config {{
+    unveil_by_task = true
+    unveil_paths   = {unveil_paths}
+  }}
+}}
+"#
+    );
+    Ok(fs::write(AGENT_CONFIG, text)?)
 }

@@ -153,7 +153,7 @@ async fn it_can_what_it_says() {
         .unwrap();
     let capabilities = answer.capabilities.unwrap();
     assert!(capabilities.send_signals && capabilities.dynamic_workload_users);
-    assert!(!capabilities.exec && !capabilities.must_create_network);
+    assert!(capabilities.exec && !capabilities.must_create_network);
     assert!(!capabilities.disable_log_collection);
     assert_eq!(capabilities.fs_isolation, 3);
     assert_eq!(capabilities.network_isolation_modes, [3, 0, 1]);
