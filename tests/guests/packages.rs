@@ -52,6 +52,8 @@ impl Drop for Installed {
         let _ = said("dpkg", &["--purge", NAME, THEIRS]);
         let _ = said("systemctl", &["daemon-reload"]);
         let _ = fs::remove_dir_all("/opt/nomad");
+        // No package has it in its list, so that dpkg removes it when it is empty.
+        let _ = fs::create_dir_all("/opt");
     }
 }
 
@@ -167,20 +169,32 @@ fn a_drop_in_of_its_slice_holds_for_running_tasks(context: &Context) -> Result<(
             Ok(fs::read_to_string(slice.join(name))?.trim_end().to_owned())
         };
         ensure!(file("memory.high")? == "max", "{}", file("memory.high")?);
-        fs::create_dir_all(drop_in.parent().context("a directory")?)?;
-        fs::write(drop_in, "[Slice]\nMemoryHigh=48M\nIOWeight=50\n")?;
-        said("systemctl", &["daemon-reload"])?;
-        // systemd writes them a moment after its answer.
-        until("the slice has the operator's limit and weight", || {
+        let holds = |high: &str, weight: &str| {
             let weights = ["io.weight", "io.bfq.weight"].map(|name| file(name).unwrap_or_default());
             let mut weights = weights
                 .iter()
                 .map(|line| line.trim_start_matches("default "));
-            let high = file("memory.high").ok()?;
-            (high == (48 << 20).to_string() && weights.any(|weight| weight == "50")).then_some(())
+            let is_high = file("memory.high").ok()? == high;
+            (is_high && weights.any(|one| one == weight)).then_some(())
+        };
+        // At once.
+        let properties = ["MemoryHigh=40M", "IOWeight=60"];
+        said(
+            "systemctl",
+            &[&["set-property", "exec2.slice"][..], &properties].concat(),
+        )?;
+        until("it holds at once", || holds("41943040", "60")).await?;
+        said("systemctl", &["revert", "exec2.slice"])?;
+        // systemd applies what is written by hand when it next starts something in the slice.
+        fs::create_dir_all(drop_in.parent().context("a directory")?)?;
+        fs::write(drop_in, "[Slice]\nMemoryHigh=48M\nIOWeight=50\n")?;
+        said("systemctl", &["daemon-reload"])?;
+        let another = agent.run(&Job::command("sleep", &["600"]).text()).await?;
+        until("it holds from the next start on", || {
+            holds("50331648", "50")
         })
-        .await
-        .with_context(|| format!("{:?}, {:?}", file("memory.high"), file("io.weight")))?;
+        .await?;
+        another.stop().await?;
         // The task runs on below it.
         ensure!(scope.main()? == main && scope.dir.starts_with(slice));
         alloc.stop().await?;
