@@ -12,14 +12,14 @@ pub enum SessionStep {
     EnterPids,
     ForkSession,
     Lead,
+    TakeScore,
     EnterScope,
     EnterNamespaces,
     Terminal,
-    TakeScore,
+    TakeLimits,
     TakeUser,
     TakeWorkDir,
     TakeRules,
-    TakeLimits,
     Execute,
     Watch,
 }
@@ -29,11 +29,11 @@ impl SessionStep {
     pub const ALL: [(SessionStep, &'static str); 16] = [
         (
             SessionStep::Find,
-            "take the task's order and its Landlock ruleset from the supervisor, and make a cgroup `exec-1`, `exec-2`, … below the scope",
+            "make a cgroup `exec-1`, `exec-2`, … below the scope",
         ),
         (
             SessionStep::SpawnSession,
-            "spawn the session's helper, with an empty environment, outside of the scope",
+            "take the task's order and its Landlock ruleset from the supervisor, and spawn the session's helper, with an empty environment, outside of the scope",
         ),
         (
             SessionStep::Orders,
@@ -48,6 +48,7 @@ impl SessionStep {
             "fork: the parent stays outside, the child becomes the command",
         ),
         (SessionStep::Lead, "start a session of its own"),
+        (SessionStep::TakeScore, "set the task's oom_score_adj"),
         (SessionStep::EnterScope, "enter the session's cgroup"),
         (
             SessionStep::EnterNamespaces,
@@ -57,7 +58,7 @@ impl SessionStep {
             SessionStep::Terminal,
             "with a terminal: make it in the task's own /dev/pts, and control it",
         ),
-        (SessionStep::TakeScore, "set the task's oom_score_adj"),
+        (SessionStep::TakeLimits, "set the task's resource limits"),
         (
             SessionStep::TakeUser,
             "take the task's bounding set, group, user, a fresh session keyring and ambient capabilities",
@@ -71,12 +72,8 @@ impl SessionStep {
             "set no_new_privs and restrict itself with the task's own ruleset",
         ),
         (
-            SessionStep::TakeLimits,
-            "set the task's resource limits, and close what is not the command's",
-        ),
-        (
             SessionStep::Execute,
-            "exec the command, with the task's environment",
+            "close what is not the command's, and exec it, with the task's environment",
         ),
         (
             SessionStep::Watch,

@@ -185,6 +185,9 @@ pub struct Order {
 /// Where a bare name is looked for if the task's environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
+/// limits.h.
+const NAME_MAX_BYTES: usize = 255;
+
 /// Where a command that is a bare name is looked for.
 pub fn search_path<'a>(command: &str, env: &'a [(String, String)]) -> Option<&'a str> {
     let path = env.iter().rev().find(|(key, _)| key == "PATH");
@@ -196,6 +199,8 @@ pub fn search_path<'a>(command: &str, env: &'a [(String, String)]) -> Option<&'a
 pub fn candidates(command: &str, env: &[(String, String)]) -> Vec<String> {
     match search_path(command, env) {
         None => vec![command.to_owned()],
+        // No file has such a name, and as many long strings as PATH has entries would be made of it.
+        Some(_) if command.len() > NAME_MAX_BYTES => Vec::new(),
         // An empty entry means the working directory, where a task writes: it is not searched.
         Some(path) => path
             .split(':')

@@ -22,6 +22,8 @@ const SETUP_PATIENCE: Duration = Duration::from_secs(10);
 const SIZE_PATIENCE: Duration = Duration::from_millis(100);
 /// As often as Nomad's own clients.
 const HEARTBEAT: Duration = Duration::from_secs(10);
+/// Of one message: what waits for a command that does not read is in memory. Nomad's clients send some KiB.
+const MAX_STDIN_BYTES: usize = 1 << 20;
 /// Of what ExecTask returns, the end: as much as Nomad keeps of a check's output.
 const TAIL_BYTES: usize = 4096;
 
@@ -132,6 +134,12 @@ async fn hear(
             return Err(errors::permanent(
                 "a session has one setup, its first message",
             ));
+        }
+        let length = request.stdin.as_ref().map_or(0, |stdin| stdin.data.len());
+        if length > MAX_STDIN_BYTES {
+            return Err(errors::permanent(format!(
+                "{length} bytes of input in one message are more than {MAX_STDIN_BYTES}: send it in parts"
+            )));
         }
         for said in inputs(request) {
             if input.send(said).await.is_err() {

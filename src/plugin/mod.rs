@@ -88,6 +88,11 @@ fn live<T: Tasks>(tasks: impl FnOnce() -> io::Result<T>) -> Result<(), Box<dyn E
     outcome
 }
 
+/// What a client may send on one stream before it is read: HTTP/2's own default.
+const STREAM_WINDOW_BYTES: u32 = 65_535;
+/// RFC 9113, 6.9.1.
+const MAX_CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
+
 /// Serves until Nomad asks us to leave or `stop` is over. Open streams are not waited for: those of go-plugin never end.
 pub async fn serve<T: Tasks>(
     listener: UnixListener,
@@ -102,7 +107,11 @@ pub async fn serve<T: Tasks>(
     let controller = GrpcControllerServer::new(controller::Controller {
         leave: Arc::clone(&leave),
     });
+    // Nomad has one connection for all calls. With hyper's 1 MiB for it, one session whose command does not read would take the
+    // whole of it, and no other call would be heard. So it is as wide as HTTP/2 lets it be, and each stream is bounded.
     let server = Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(MAX_CONNECTION_WINDOW_BYTES)
         .add_service(controller)
         .add_service(GrpcBrokerServer::new(controller::Silent))
         .add_service(GrpcStdioServer::new(controller::Silent))

@@ -48,7 +48,7 @@ impl TaskTable {
             Ok((task, end)) => {
                 of_task!(info, task.names, task.unit, "task recovered");
                 // Their plugin is gone, and their helpers with it, unless those were killed.
-                exec::end_sessions(&task).await;
+                exec::end_sessions(&task);
                 if let Some(record) = end {
                     let ended = self.conclude(&task, record, Traces::default()).await;
                     self.tell_end(&task, &ended);

@@ -80,7 +80,7 @@ fn prepare() -> Result<(Prepared, File), Failure> {
     rustix::process::setsid().at(Step::Open)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     breakpoint::at(SessionStep::Orders);
-    // Kept across the fork, until exec: the task's processes, root among them, cannot open what /proc shows of it.
+    // Kept across the fork, until the user changes: the task's processes, root among them, cannot open what /proc shows of it.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Open)?;
     let inherited = |number| sys::inherited(number).at(Step::Open);
     let order: SessionOrder = parse(&inherited(ORDER)?)?;

@@ -1,5 +1,5 @@
 //! The session's process, from the fork to the command. Until its user changes it is root inside of the task's namespaces:
-//! nothing of the task's tree is opened before that, but its terminals.
+//! nothing below the task's directory is opened before that, and of the rest only its terminals.
 
 use std::convert::Infallible;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns};
 use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, fstatfs};
-use rustix::process::{ioctl_tiocsctty, setsid};
+use rustix::process::{DumpableBehavior, ioctl_tiocsctty, set_dumpable_behavior, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -45,6 +45,11 @@ pub(super) fn step_in(mut prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     let task = prepared.task;
     breakpoint::at(SessionStep::Lead);
     setsid().at(Step::Session)?;
+    breakpoint::at(SessionStep::TakeScore);
+    // Before the scope: at its memory limit, the OOM killer would pass over a newcomer with the agent's score. And before the user
+    // changes: after that, /proc/self belongs to root until exec.
+    privileges::set_oom_score_adj(&prepared.host_proc, task.oom_score_adj)
+        .at_path(Step::OomScore, task.oom_score_adj.to_string())?;
     breakpoint::at(SessionStep::EnterScope);
     // 0 is whoever writes it.
     prepared.processes.write_all(b"0").map_err(|error| {
@@ -68,28 +73,28 @@ pub(super) fn step_in(mut prepared: Prepared, channel: &OwnedFd) -> Result<Infal
         }
         (None, None) => None,
     };
-    breakpoint::at(SessionStep::TakeScore);
-    // Before the user changes: after that, /proc/self belongs to root until exec.
-    privileges::set_oom_score_adj(&prepared.host_proc, task.oom_score_adj)
-        .at_path(Step::OomScore, task.oom_score_adj.to_string())?;
+    breakpoint::at(SessionStep::TakeLimits);
+    // With the capability to raise them: the agent's may have been lowered since the task started.
+    task::set_limits(task.open_files)?;
     breakpoint::at(SessionStep::TakeUser);
+    // As at the task's start, its user need not be able to reach it by its path.
+    let root = TaskRoot::open(&task.task_dir, Step::WorkDir)?;
     privileges::cut_bounding(task.bounding)?;
     privileges::set_groups([task.gid; 3])?;
     privileges::set_user(task.uid)?;
     privileges::leave_session_keyring()?;
     privileges::keep_only(task.uid, task.bounding, task.ambient)?;
+    // The kernel resets it with the user, to what fs.suid_dumpable says.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::User)?;
     breakpoint::at(SessionStep::TakeWorkDir);
-    let root = TaskRoot::open(&task.task_dir, Step::WorkDir)?;
     task::enter_work_dir(&task.work_dir, &root)?;
     breakpoint::at(SessionStep::TakeRules);
     rustix::thread::set_no_new_privs(true).at(Step::Restrict)?;
     // The domain that this makes is a sibling of the task's, with the same rights.
     sys::landlock_restrict_self(prepared.ruleset.as_fd()).at(Step::Restrict)?;
-    breakpoint::at(SessionStep::TakeLimits);
-    task::set_limits(task.open_files)?;
+    breakpoint::at(SessionStep::Execute);
     report::session_ready(channel, terminal.as_ref().map(AsFd::as_fd)).at(Step::Session)?;
     sys::close_on_exec_from(3).at(Step::Signals)?;
-    breakpoint::at(SessionStep::Execute);
     Err(prepared.command.execute())
 }
 

@@ -30,6 +30,8 @@ use streams::{OurEnds, connect, feed, pipes, tell};
 
 /// Sessions of one task at a time. Each costs a helper of a quarter of a MiB, outside of the task's limits.
 pub(super) const MOST_SESSIONS: usize = 32;
+/// PATH_MAX without its NUL.
+const MAX_COMMAND_BYTES: usize = 4_095;
 /// A session's cgroup is this and a number.
 const ROOM: &str = "exec-";
 /// How long it may take to start the command: its path may hang.
@@ -78,7 +80,8 @@ impl TaskTable {
                 "task has {MOST_SESSIONS} sessions already; end one of them first"
             ))
         })?;
-        let (input, inputs) = mpsc::channel(8);
+        // Bounded in messages: each may be a MiB.
+        let (input, inputs) = mpsc::channel(1);
         let (outputs, output) = mpsc::channel(4);
         let (started, answer) = oneshot::channel();
         let ends = Ends {
@@ -142,7 +145,16 @@ impl TaskTable {
                 }
                 // The helper has lost its control socket, and kills what is left; should it be stopped, we do.
                 clear(&room).await;
-                wait::reaped(pidfd).await;
+                let helper = pidfd.try_clone();
+                if timeout(AFTER_KILL, wait::reaped(pidfd)).await.is_err() {
+                    // It does not look at its socket: stopped by the host's root, or at its preparations still. Its child, if it
+                    // has one, is PID 1's then.
+                    if let Ok(helper) = helper {
+                        let _ = sys::pidfd_send_signal(helper.as_fd(), libc::SIGKILL);
+                        clear(&room).await;
+                        wait::reaped(helper).await;
+                    }
+                }
             }
         }
         if let Err(error) = room.remove() {
@@ -183,6 +195,12 @@ fn order(command: Vec<String>, streams: Streams) -> Result<SessionOrder, DriverE
             "error cmd must have at least one value: there is no command to execute".into(),
         ));
     };
+    if command.len() > MAX_COMMAND_BYTES {
+        return Err(DriverError::Permanent(format!(
+            "command: {} bytes are more than a path can have, {MAX_COMMAND_BYTES}",
+            command.len()
+        )));
+    }
     Ok(SessionOrder {
         command,
         args: words.collect(),
@@ -340,18 +358,28 @@ async fn clear(room: &Cgroup) {
     let _ = timeout(AFTER_KILL, cleared).await;
 }
 
-/// Ends the sessions of a plugin that died.
-pub(super) async fn end_sessions(task: &Task) {
-    let rooms = task.cgroup.below().into_iter();
-    for room in rooms.filter(|room| room.unit().is_some_and(|name| name.starts_with(ROOM))) {
-        clear(&room).await;
-        if let Err(error) = room.remove() {
-            of_task!(
-                warn,
-                task.names,
-                task.unit,
-                "a session's cgroup cannot be removed: {error}"
-            );
-        }
+/// Ends the sessions of a plugin that died. A process that does not end, as one that waits for a dead file server, must not
+/// hold up the recovery of its task.
+pub(super) fn end_sessions(task: &Task) {
+    let below = task.cgroup.below().into_iter();
+    let rooms: Vec<Cgroup> = below
+        .filter(|room| room.unit().is_some_and(|name| name.starts_with(ROOM)))
+        .collect();
+    for room in &rooms {
+        let _ = room.kill();
     }
+    let (names, unit) = (task.names.clone(), task.unit.clone());
+    tokio::spawn(async move {
+        for room in rooms {
+            clear(&room).await;
+            if let Err(error) = room.remove() {
+                of_task!(
+                    warn,
+                    names,
+                    unit,
+                    "a session's cgroup cannot be removed: {error}"
+                );
+            }
+        }
+    });
 }

@@ -9,14 +9,16 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::super::types::{DriverError, SessionInput, SessionOutput, Streams, WindowSize};
 
 /// Of one message of output.
 const CHUNK_BYTES: usize = 16 * 1024;
-/// How long an output that is still open after the session's end may be silent. It was handed to a process of the task.
+/// How long an output that is still open after the session's end may be silent: it was handed to a process of the task. And
+/// how long that may be waited for in all.
 const LINGER: Duration = Duration::from_millis(200);
+const LINGER_IN_ALL: Duration = Duration::from_secs(5);
 
 /// Our ends of a session's streams.
 #[derive(Debug, Default)]
@@ -96,6 +98,7 @@ pub(super) async fn tell(
     mut is_over: watch::Receiver<bool>,
 ) {
     let mut buffer = vec![0; CHUNK_BYTES];
+    let mut patience = LINGER_IN_ALL;
     while let Some(source) = &source {
         match source.try_read(&mut buffer) {
             Ok(0) => break,
@@ -109,7 +112,10 @@ pub(super) async fn tell(
                 let was_over = *is_over.borrow_and_update();
                 if was_over {
                     // All of the session is dead, so that what it has written is there or on its way.
-                    if timeout(LINGER, source.readable()).await.is_err() {
+                    let begun = Instant::now();
+                    let waited = timeout(LINGER.min(patience), source.readable()).await;
+                    patience = patience.saturating_sub(begun.elapsed());
+                    if waited.is_err() || patience.is_zero() {
                         break;
                     }
                 } else {
