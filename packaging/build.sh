@@ -22,6 +22,7 @@ if [ -z "${BINARY:-}" ]; then
 		"${CARGO:-cargo}" build --locked --release --target "$triple"
 	BINARY=$root/target/$triple/release/nomad-driver-exec2
 fi
+BINARY=$(realpath "$BINARY")
 export BINARY
 
 rm -rf "$out"

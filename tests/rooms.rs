@@ -162,7 +162,7 @@ const ROOMS: [Room; 17] = [
     Room {
         name: "agent",
         rooms: &["job"],
-        crates: &["hcl", "serde_json"],
+        crates: &["hcl", "nix", "serde_json"],
     },
     Room {
         name: "cli",
@@ -174,6 +174,7 @@ const ROOMS: [Room; 17] = [
             "clap",
             "memchr",
             "nix",
+            "rustix",
             "serde",
             "serde_json",
             "thiserror",

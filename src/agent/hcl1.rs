@@ -107,8 +107,9 @@ impl Parser<'_> {
             let end = if self.rest.starts_with('#') || self.rest.starts_with("//") {
                 self.rest.find('\n').unwrap_or(self.rest.len())
             } else if self.rest.starts_with("/*") {
-                let end = self.rest.find("*/");
-                end.ok_or_else(|| self.wrong("a comment has no end"))? + 2
+                // Not the `*/` of `/*/`.
+                let end = self.rest[2..].find("*/");
+                end.ok_or_else(|| self.wrong("a comment has no end"))? + 4
             } else {
                 return Ok(());
             };
@@ -212,10 +213,11 @@ impl Parser<'_> {
         Ok(match word.as_str() {
             "true" => Value::from(true),
             "false" => Value::from(false),
-            word => match (word.parse::<i64>(), word.parse::<f64>()) {
-                (Ok(whole), _) => Value::from(whole),
+            word => match (whole(word), word.parse::<f64>()) {
+                (Some(whole), _) => Value::from(whole),
                 (_, Ok(number)) if number.is_finite() => Value::from(number),
-                _ => return Err(self.wrong(&format!("{word:?} is no value; put a text in quotes"))),
+                // Without the word: it may be a token.
+                _ => return Err(self.wrong("a bare word is no value; put a text in quotes")),
             },
         })
     }
@@ -287,6 +289,18 @@ impl Parser<'_> {
         }
         Err(self.wrong("a text has no end"))
     }
+}
+
+/// As Go reads it: 0x for hexadecimal, 0 for octal.
+fn whole(word: &str) -> Option<i64> {
+    let digits = word.strip_prefix('-').unwrap_or(word);
+    let sign = if digits.len() < word.len() { -1 } else { 1 };
+    let (digits, radix) = match (digits.strip_prefix("0x"), digits.strip_prefix('0')) {
+        (Some(digits), _) => (digits, 16),
+        (None, Some(digits)) if !digits.is_empty() => (digits, 8),
+        _ => (digits, 10),
+    };
+    i64::from_str_radix(digits, radix).ok()?.checked_mul(sign)
 }
 
 #[cfg(test)]

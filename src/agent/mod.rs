@@ -7,12 +7,15 @@ mod process;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use self::hcl1::{Entry, Node};
 use crate::job::{MAX_FILE_BYTES, Setting, Value};
 pub use process::{Arguments, Running, running};
 
+/// Should another file have taken its place after it was looked at.
+const O_NONBLOCK: i32 = nix::fcntl::OFlag::O_NONBLOCK.bits();
 /// Where Nomad's packages keep it.
 pub const DEFAULT: &str = "/etc/nomad.d";
 
@@ -149,7 +152,8 @@ impl AgentConfig {
         for Entry { key, node, .. } in entries {
             match (key.as_str(), node) {
                 ("enabled", Node::Value(value)) => {
-                    self.is_client = value.as_bool().unwrap_or(value == Value::from("true"));
+                    // Nomad's merge only ever sets it.
+                    self.is_client |= value.as_bool().unwrap_or(value == Value::from("true"));
                 }
                 ("alloc_dir", node) => set(&mut self.alloc_dir, node),
                 ("alloc_mounts_dir", node) => set(&mut self.alloc_mounts_dir, node),
@@ -221,10 +225,19 @@ fn files(path: &Path) -> std::io::Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Opens a file that is one: reading a FIFO waits for its writer, and opening a device may be an act.
+pub fn open_regular(path: &Path) -> std::io::Result<File> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("is no regular file"));
+    }
+    let mut options = File::options();
+    options.read(true).custom_flags(O_NONBLOCK).open(path)
+}
+
 fn read(file: &Path) -> Result<Vec<Entry>, String> {
     let failed = |problem: &dyn std::fmt::Display| format!("{}: {problem}", file.display());
     let mut text = String::new();
-    let opened = File::open(file).map_err(|error| failed(&error))?;
+    let opened = open_regular(file).map_err(|error| failed(&error))?;
     opened
         .take(MAX_FILE_BYTES + 1)
         .read_to_string(&mut text)

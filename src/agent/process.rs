@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 pub struct Running {
     pub pid: u32,
     pub uid: u32,
+    /// None of an agent that is not root's: root opens what they name.
     pub arguments: Arguments,
-    /// What its tasks inherit; empty if we may not read it.
+    /// What its tasks inherit; empty if we may not read it, or it is not root's.
     pub environment: Vec<(String, String)>,
 }
 
@@ -23,14 +24,16 @@ pub struct Arguments {
     pub is_client: bool,
 }
 
-/// The agents of this host, the oldest process first.
+/// The agents of this host: those of root, whose word counts, and among them the oldest process first. Anyone may call a process so.
 pub fn running() -> Vec<Running> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids: Vec<u32> = entries
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .collect();
     pids.sort_unstable();
-    pids.into_iter().filter_map(agent).collect()
+    let mut agents: Vec<Running> = pids.into_iter().filter_map(agent).collect();
+    agents.sort_by_key(|agent| agent.uid != 0);
+    agents
 }
 
 fn agent(pid: u32) -> Option<Running> {
@@ -40,12 +43,21 @@ fn agent(pid: u32) -> Option<Running> {
     if Path::new(program).file_name()? != "nomad" || words.first()? != "agent" {
         return None;
     }
+    let uid = fs::metadata(&dir).ok()?.uid();
+    if uid != 0 {
+        return Some(Running {
+            pid,
+            uid,
+            arguments: Arguments::default(),
+            environment: Vec::new(),
+        });
+    }
     let cwd = fs::read_link(dir.join("cwd")).unwrap_or_else(|_| "/".into());
     let environment = self::words(&dir.join("environ")).unwrap_or_default();
     let pairs = environment.iter().filter_map(|text| text.split_once('='));
     Some(Running {
         pid,
-        uid: fs::metadata(&dir).ok()?.uid(),
+        uid,
         arguments: arguments(&words[1..], &cwd),
         environment: pairs
             .map(|(name, value)| (name.to_owned(), value.to_owned()))

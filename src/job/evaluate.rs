@@ -1,6 +1,7 @@
 //! The two passes over a job's expressions. Reading the file settles `var.` and `local.`; everything else that is named
 //! inside `${}` stays as text until a task runs, when [`RunTime`] knows its NOMAD_ variables. Pure.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::str::FromStr;
 
@@ -16,23 +17,59 @@ use super::JobError;
 pub(super) struct Names {
     variables: Map<String, Value>,
     locals: Map<String, Value>,
+    /// Of all of them as text.
+    bytes: usize,
+    /// How much may have been made of them so far.
+    made_bytes: Cell<usize>,
 }
+
+/// A file of some lines can double a text with each of them, and who looks at it is root.
+const MAX_MADE_BYTES: usize = 64 << 20;
 
 impl Names {
     pub fn set_variable(&mut self, name: String, value: Value) {
+        self.bytes += value.to_string().len();
         self.variables.insert(name, value);
     }
 
     pub fn set_local(&mut self, name: String, value: Value) {
+        self.bytes += value.to_string().len();
         self.locals.insert(name, value);
     }
 
     /// The value of an expression, with run-time names kept as `${name}`.
     pub fn evaluate(&self, expression: Expression) -> Result<Value, hcl::eval::Error> {
+        let made = self.made_bytes.get().saturating_add(self.most(&expression));
+        if made > MAX_MADE_BYTES {
+            return Err(ErrorKind::Message(format!(
+                "variables and locals make more than {} MiB of text; shorten them",
+                MAX_MADE_BYTES >> 20
+            ))
+            .into());
+        }
+        self.made_bytes.set(made);
         let mut context = Context::new();
         context.declare_var("var", Value::Object(self.variables.clone()));
         context.declare_var("local", Value::Object(self.locals.clone()));
         keep(expression, &context)?.evaluate(&context)
+    }
+}
+
+impl Names {
+    /// No less than what an expression can come to: each mention of a name is all of them, and each `for` as many rounds.
+    fn most(&self, expression: &Expression) -> usize {
+        let text = expression.to_string();
+        let mentions = text.matches("local").count() + text.matches("var").count();
+        let named = mentions.saturating_mul(self.bytes);
+        let loops = ["[for ", "{for ", "%{for ", "%{ for ", "%{~ for ", "%{~for "];
+        let loops: usize = loops.iter().map(|mark| text.matches(mark).count()).sum();
+        // What it goes through is named or written there.
+        let rounds =
+            (self.bytes + text.len()).saturating_pow(u32::try_from(loops).unwrap_or(u32::MAX));
+        match loops {
+            0 => named,
+            _ => named.max(text.len()).saturating_mul(rounds),
+        }
     }
 }
 
@@ -323,5 +360,29 @@ mod tests {
             run_time().env("${NOMAD_TASK_DIR}:${OTHER}:${"),
             "/m/local:${OTHER}:${"
         );
+    }
+
+    #[test]
+    fn a_few_lines_cannot_make_all_of_memory() {
+        let mut names = Names::default();
+        names.set_local("a".into(), Value::from("x".repeat(100_000)));
+        let of = |text: &str| text.parse::<hcl::Expression>().unwrap();
+        assert!(names.evaluate(of("\"${local.a}${local.a}\"")).is_ok());
+        let many = format!("\"{}\"", "${local.a}".repeat(1_000));
+        let nested = "[for a in [1, 2] : [for b in [1, 2] : local.a]]";
+        for text in [many.as_str(), nested] {
+            let error = names.evaluate(of(text)).unwrap_err().to_string();
+            assert!(error.contains("shorten them"), "{error}");
+        }
+        // In all, too.
+        let one = format!("\"{}\"", "${local.a}".repeat(100));
+        assert!((0..10).any(|_| names.evaluate(of(&one)).is_err()));
+    }
+
+    #[test]
+    fn a_script_with_a_loop_is_no_loop_of_the_files() {
+        let names = Names::default();
+        let script = format!("\"for i in 1 2; do echo {}; done\"", "x".repeat(20_000));
+        assert!(names.evaluate(script.parse().unwrap()).is_ok());
     }
 }

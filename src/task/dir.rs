@@ -106,8 +106,24 @@ pub fn find(
 }
 
 /// M as it would be at `path`, of an allocation that is not there.
-pub fn foreseen(alloc_dir: &Path, path: &Path, task: &str) -> Found {
-    Found {
+pub fn foreseen(
+    alloc_dir: &Path,
+    path: &Path,
+    task: &str,
+    env: &BTreeMap<String, String>,
+) -> Result<Found, DirError> {
+    for (variable, child) in VARIABLES {
+        if let Some(value) = env.get(variable)
+            && Path::new(value) != path.join(child)
+        {
+            return Err(DirError::Foreign {
+                variable,
+                value: value.clone(),
+                alloc_dir: alloc_dir.to_owned(),
+            });
+        }
+    }
+    Ok(Found {
         task_dir: TaskDir {
             path: path.to_owned(),
             alloc_dir: alloc_dir.to_owned(),
@@ -116,7 +132,7 @@ pub fn foreseen(alloc_dir: &Path, path: &Path, task: &str) -> Found {
         },
         owner: 0,
         aliases: aliases([path, path], [alloc_dir, alloc_dir], task),
-    }
+    })
 }
 
 fn aliases(own: [&Path; 2], alloc_dirs: [&Path; 2], task: &str) -> Vec<Alias> {

@@ -43,7 +43,8 @@ impl TaskTable {
         dir: &Path,
         agent_unit: Option<String>,
     ) -> Result<Plan, DriverError> {
-        let found = dir::foreseen(&request.alloc_dir, dir, &request.names.task);
+        let found = dir::foreseen(&request.alloc_dir, dir, &request.names.task, &request.env)
+            .map_err(|error| DriverError::Permanent(error.to_string()))?;
         self.decide(request, account, found, agent_unit)
     }
 

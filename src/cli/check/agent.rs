@@ -31,11 +31,14 @@ impl Agent {
     /// `given` are the files that the caller names.
     pub fn read(given: &[PathBuf]) -> Self {
         let running = crate::agent::running();
-        let arguments = running.first().map(|agent| agent.arguments.clone());
-        let of_agent = arguments.as_ref().map_or(&[][..], |it| &it.configs);
-        let paths = match (given, of_agent) {
-            ([], []) => vec![DEFAULT.into()],
-            ([], of_agent) => of_agent.to_vec(),
+        let arguments = running
+            .first()
+            .filter(|agent| agent.uid == 0)
+            .map(|agent| agent.arguments.clone());
+        let paths = match (given, &arguments) {
+            ([], None) => vec![DEFAULT.into()],
+            // Nomad reads no file that it is not told of.
+            ([], Some(arguments)) => arguments.configs.clone(),
             (given, _) => given.to_vec(),
         };
         let mut config = AgentConfig::load(&paths);
@@ -124,18 +127,10 @@ impl Agent {
                 .collect();
             all.join(", ")
         };
-        let mut lines: Vec<Line> = self
-            .config
-            .problems
-            .iter()
-            .map(|problem| Line::error("config", format!("{problem}; see nomad config validate")))
-            .collect();
-        let is_default = self.paths == [Path::new(DEFAULT)];
-        let is_absent =
-            fs::metadata(DEFAULT).is_err_and(|error| error.kind() == ErrorKind::NotFound);
-        if is_default && is_absent {
-            lines.clear();
+        if self.paths.is_empty() {
+            return vec![Line::ok("config", "the agent runs without -config")];
         }
+        let mut lines = self.problems();
         match self.config.files.as_slice() {
             [] if lines.is_empty() => lines.push(Line::warning(
                 "config",
@@ -148,6 +143,20 @@ impl Agent {
             files => lines.push(Line::ok("config", shown(files))),
         }
         lines
+    }
+
+    /// What of the configuration could not be read.
+    pub fn problems(&self) -> Vec<Line> {
+        let is_default = self.paths == [Path::new(DEFAULT)];
+        let is_absent =
+            fs::metadata(DEFAULT).is_err_and(|error| error.kind() == ErrorKind::NotFound);
+        if is_default && is_absent {
+            return Vec::new();
+        }
+        let problems = self.config.problems.iter();
+        problems
+            .map(|problem| Line::error("config", format!("{problem}; see nomad config validate")))
+            .collect()
     }
 
     fn client(&self) -> Line {

@@ -1,8 +1,10 @@
 //! What is wrong with a list of unveil rules on this host, or useless in it.
 
 use std::fs;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::getxattr;
 
 use crate::plan::steps::{Access, Order, Place, Rule, Source, candidates, search_path};
 use crate::plan::unveil::Overruled;
@@ -66,7 +68,10 @@ pub fn of_rules(rules: &[Rule], mode: Mode, order: Option<&Order>) -> Vec<Findin
                 continue;
             }
         };
-        if let Some(Order { uid, gid, .. }) = order
+        if let Some(Order {
+            uid, gid, ambient, ..
+        }) = order
+            && ambient & PASSES == 0
             && !reaches(&real, *uid, *gid)
         {
             let start = start(rule, mode);
@@ -193,19 +198,34 @@ fn is_laid_over(order: &Order, path: &Path) -> bool {
     })
 }
 
+/// CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+const PASSES: u64 = 1 << 1 | 1 << 2;
+
 /// Whether a user passes all directories above a path, by their modes.
 fn reaches(path: &Path, uid: u32, gid: u32) -> bool {
-    let passes = |dir: &Path| {
-        fs::metadata(dir).is_ok_and(|meta| {
-            let shift = match (meta.uid() == uid, meta.gid() == gid) {
-                (true, _) => 6,
-                (_, true) => 3,
-                _ => 0,
-            };
-            meta.mode() >> shift & 1 != 0
-        })
+    uid == 0
+        || path
+            .ancestors()
+            .skip(1)
+            .all(|dir| may_execute(dir, uid, gid))
+}
+
+/// Whether a user may pass a directory or execute a file; what an ACL lets them do is the kernel's to tell.
+fn may_execute(path: &Path, uid: u32, gid: u32) -> bool {
+    let Ok(meta) = fs::metadata(path) else {
+        return false;
     };
-    uid == 0 || path.ancestors().skip(1).all(passes)
+    let shift = match (meta.uid() == uid, meta.gid() == gid) {
+        (true, _) => 6,
+        (_, true) => 3,
+        _ => 0,
+    };
+    let is_roots = uid == 0 && meta.mode() & 0o111 != 0;
+    is_roots || meta.mode() >> shift & 1 != 0 || has_acl(path)
+}
+
+fn has_acl(path: &Path) -> bool {
+    getxattr(path, "system.posix_acl_access", &mut [0_u8; 0]).is_ok_and(|bytes| bytes > 0)
 }
 
 /// Paths that a rule brings back into the view or unmasks by its very name, beside opening them.
@@ -266,8 +286,10 @@ pub fn command(order: &Order) -> Command {
         let Ok(real) = fs::canonicalize(path) else {
             continue;
         };
-        let is_program = fs::metadata(&real)
-            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+        let (uid, gid) = (order.uid, order.gid);
+        let is_program = fs::metadata(&real).is_ok_and(|meta| meta.is_file())
+            && (order.ambient & PASSES != 0
+                || may_execute(&real, uid, gid) && reaches(&real, uid, gid));
         let is_open = order.rules.iter().any(|rule| match &rule.place {
             Place::Host(open) => {
                 rule.access.execute

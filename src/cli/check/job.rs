@@ -151,6 +151,7 @@ impl Surroundings<'_> {
             findings: Vec::new(),
             at_start: self.at_start(job, &group, &task),
         };
+        checked.findings.extend(self.agent.problems());
         let written = task.clone();
         let safe = |what: String| one_line(&what, MAX_SENTENCE_BYTES);
         match self.plan(job, group, task, &mut checked) {
@@ -373,7 +374,9 @@ impl Surroundings<'_> {
                 checked.findings.push(Line::error("command", sentence));
             }
         }
-        checked.plan = Some(View::new(plan, request, account, &command));
+        let mut view = View::new(plan, request, account, &command);
+        view.keep_names(written);
+        checked.plan = Some(view);
     }
 }
 

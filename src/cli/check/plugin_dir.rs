@@ -1,6 +1,6 @@
 //! The directory from which the agent starts its plugins: what in it is this driver, and what keeps the agent from starting.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use memchr::memmem;
 
 use super::report::Line;
+use crate::agent::open_regular;
 use crate::cgroup::Mark;
 
 const NAME: &str = "plugin_dir";
@@ -63,7 +64,7 @@ pub fn read(dir: &Path) -> std::io::Result<Vec<Entry>> {
 
 /// Told by what is in the file: nothing of it is executed.
 fn content(path: &Path) -> std::io::Result<Kind> {
-    let file = File::open(path)?;
+    let file = open_regular(path)?;
     let meta = file.metadata()?;
     let own = fs::metadata("/proc/self/exe");
     if own.is_ok_and(|own| (own.dev(), own.ino()) == (meta.dev(), meta.ino())) {

@@ -64,18 +64,31 @@ impl Line {
         Self::of(name, Status::Error, sentence.as_ref())
     }
 
-    /// Sentences of ours end with the remedy, after their last semicolon.
+    /// Sentences of ours end with the remedy, after their last semicolon that is not part of an aside or of what they quote.
     fn of(name: &'static str, status: Status, sentence: &str) -> Self {
-        let sentence = one_line(sentence, MAX_SENTENCE_BYTES);
-        let (found, remedy) = match sentence.rsplit_once("; ") {
-            Some((found, remedy)) => (found.to_owned(), Some(remedy.to_owned())),
+        let (mut depth, mut is_quoted) = (0_i32, false);
+        let mut at = None;
+        for (index, character) in sentence.char_indices() {
+            match character {
+                '"' => is_quoted = !is_quoted,
+                '(' if !is_quoted => depth += 1,
+                ')' if !is_quoted => depth -= 1,
+                ';' if !is_quoted && depth == 0 && sentence[index..].starts_with("; ") => {
+                    at = Some(index);
+                }
+                _ => {}
+            }
+        }
+        let (found, remedy) = match at {
+            Some(at) => (&sentence[..at], Some(&sentence[at + 2..])),
             None => (sentence, None),
         };
+        let safe = |text: &str| one_line(text, MAX_SENTENCE_BYTES);
         Self {
             name,
             status,
-            found,
-            remedy,
+            found: safe(found),
+            remedy: remedy.map(safe),
         }
     }
 }
@@ -107,6 +120,11 @@ mod tests {
         );
         assert_eq!(lines[1].found, "off<U+001B>[2J; it is");
         assert_eq!(lines[1].remedy.as_deref(), Some("add it"));
+        let line = Line::error(
+            "command",
+            "command \"a; b\": permission denied (found as /a; is it executable?)",
+        );
+        assert_eq!(line.remedy, None);
         assert!(text(&lines, Colours::Some).contains("\x1b[31merror  \x1b[0m"));
     }
 }

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::findings::{Command, whose};
 use super::job::ALLOC_ID;
+use crate::job::{Task, Value};
 use crate::plan::Plan;
 use crate::plan::capabilities;
 use crate::plan::steps::{Bind, BindKind, Place, Rule, Source, Stdio, Write};
@@ -197,6 +198,27 @@ impl View {
     }
 
     /// Lines with the name of what they tell.
+    /// Shows what names a variable as it is written: its value may be a secret. Nomad's own are paths, names and numbers.
+    pub fn keep_names(&mut self, written: &Task) {
+        let keep = |shown_now: &mut String, value: &Value| {
+            if let Some(text) = value.as_str().filter(|text| names_a_variable(text)) {
+                *shown_now = one_line(text, MAX_BYTES);
+            }
+        };
+        for (name, setting) in &written.config {
+            match (name.as_str(), &setting.value) {
+                ("command", value) => keep(&mut self.command, value),
+                ("work_dir", value) => keep(&mut self.work_dir, value),
+                ("args", Value::Array(values)) => {
+                    for (arg, value) in self.args.iter_mut().zip(values) {
+                        keep(arg, value);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
     pub fn text(&self) -> String {
         let mut text = String::new();
         let mut add = |name: &str, value: &str| {
@@ -354,4 +376,9 @@ fn placeholders(text: &str) -> String {
     text.replace(ALLOC_ID, "<alloc>")
         .replace("-00000000-00000000.scope", "-<alloc>-<start>.scope")
         .replace("(alloc 00000000)", "(alloc <alloc>)")
+}
+/// Whether `${}` in it names what is not Nomad's.
+fn names_a_variable(text: &str) -> bool {
+    let mut names = text.split("${").skip(1);
+    names.any(|rest| !rest.trim_start().starts_with("NOMAD_"))
 }
