@@ -81,6 +81,11 @@ lint: ## formatting and clippy
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	$(CARGO) clippy --locked --test guests --test package -- --deny warnings
 
+.PHONY: audit
+audit: ## licences, sources, duplicates and known holes of what we are built from, by deny.toml (needs cargo-deny and a network)
+	@cargo-deny --version >/dev/null 2>&1 || { echo 'cargo-deny is missing: cargo install --locked cargo-deny' >&2; exit 1; }
+	cargo-deny --locked check --allow unnecessary-skip
+
 .PHONY: host
 host:
 	@tests/harness/host-setup
