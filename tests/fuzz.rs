@@ -2,6 +2,8 @@
 //! systemd answers. One test per target; each holds a parser to more than not to panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "fuzz/bus.rs"]
+mod bus;
 #[path = "fuzz/kept.rs"]
 mod kept;
 #[path = "fuzz/mutate.rs"]

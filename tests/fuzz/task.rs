@@ -30,7 +30,7 @@ const MSGPACK: &[u8] = b"\xc0 \xc2 \xc3 \x80 \x90 \x91 \xdd\xff\xff\xff\xff \xdf
             \xa8pids_max\x01 \xa1\xff";
 
 /// For `nomad alloc status`: one line that an operator reads to its end.
-fn assert_sentence(error: impl Display) {
+pub fn assert_sentence(error: impl Display) {
     let sentence = errors::permanent(error.to_string()).message().to_owned();
     assert!(
         !sentence.is_empty() && sentence.len() <= 2_100,
