@@ -12,11 +12,17 @@ help: ## this list
 test: host packages ## every test: units and protocol here, the rest in Debian 13 and 12 guests (root; about an hour on a new machine)
 	@echo '== unit, protocol and helper tests on this machine'
 	@status=0; \
-	$(TEST) --workspace --no-fail-fast || status=1; \
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(TEST) --workspace --no-fail-fast || status=1; \
 	$(TEST) --test package || status=1; \
 	echo '== tests inside the guests'; \
 	$(TEST) --test guests || status=1; \
 	exit $$status
+
+# Of each target.
+FUZZ_SECONDS ?= 20
+.PHONY: fuzz
+fuzz: ## every parser with inputs near to real ones: make fuzz FUZZ_SECONDS=600
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(TEST) --test fuzz
 
 .PHONY: test-matrix
 test-matrix: host ## the guest tests on every Debian release we follow, sid too, and with every agent in NOMAD=a:b:c
@@ -25,7 +31,8 @@ test-matrix: host ## the guest tests on every Debian release we follow, sid too,
 ROUNDS ?= 10
 SEQUENCES ?= 500
 .PHONY: soak
-soak: host ## many random lives of tasks, then the guest tests again and again: make soak SEQUENCES=500 ROUNDS=10
+soak: host ## longer fuzzing, many random lives of tasks, then the guest tests again and again: make soak SEQUENCES=500 ROUNDS=10
+	FUZZ_SECONDS=300 $(TEST) --test fuzz
 	$(TEST) --test guests -- --sequences $(SEQUENCES) life_cycle::
 	@for round in $$(seq $(ROUNDS)); do \
 		echo "== round $$round of $(ROUNDS)"; \
@@ -73,6 +80,11 @@ lint: ## formatting and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- --deny warnings
 	$(CARGO) clippy --locked --test guests --test package -- --deny warnings
+
+.PHONY: audit
+audit: ## licences, sources, duplicates and known holes of what we are built from, by deny.toml (needs cargo-deny and a network)
+	@cargo-deny --version >/dev/null 2>&1 || { echo 'cargo-deny is missing: cargo install --locked cargo-deny' >&2; exit 1; }
+	cargo-deny --locked check --allow unnecessary-skip
 
 .PHONY: host
 host:

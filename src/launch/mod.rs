@@ -25,6 +25,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair, sockopt};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use serde::de::DeserializeOwned;
 
 use crate::breakpoint;
@@ -58,6 +59,8 @@ pub fn run() -> ! {
         );
         sys::exit_now(2);
     };
+    // Its order has the task's environment. Executing the command makes the task dumpable again.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     breakpoint::adopt(sys::inherited(BREAKPOINTS));
     let ready = prepare().and_then(|ready| {
         breakpoint::at(Step::Release);

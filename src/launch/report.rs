@@ -30,6 +30,7 @@ const ENDED: u8 = b'X';
 const PACKET_BYTES: usize = 8 * 1024;
 /// A subject or note is cut here, so that a failure always fits into a packet.
 const TEXT_BYTES: usize = 2048;
+const MAX_DEPTH: usize = 16;
 /// Descriptors in one packet; the kernel takes 253.
 const DESCRIPTORS: usize = 250;
 
@@ -305,7 +306,10 @@ impl Packet {
     }
 
     fn failure(&self) -> io::Result<Failure> {
-        rmp_serde::from_slice(&self.body).map_err(|_| unreadable())
+        let mut reader = rmp_serde::Deserializer::from_read_ref(&self.body);
+        // What a later release adds may be nested, but never so deep that skipping it takes the plugin's stack.
+        reader.set_max_depth(MAX_DEPTH);
+        Failure::deserialize(&mut reader).map_err(|_| unreadable())
     }
 }
 
@@ -361,6 +365,18 @@ mod tests {
             ),
             "mount view /srv: I/O error (a disk?)"
         );
+    }
+
+    #[test]
+    fn a_packet_of_nested_lists_is_not_of_this_protocol() {
+        let body = [&b"\x81\xa5later"[..], &[0x91; PACKET_BYTES - 10]].concat();
+        let packet = Packet {
+            tag: FAILED,
+            body,
+            descriptors: Vec::new(),
+        };
+        let error = packet.failure().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     }
 
     #[test]

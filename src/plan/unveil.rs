@@ -163,9 +163,13 @@ pub fn own_place(path: &Path, aliases: &[Alias]) -> Option<PathBuf> {
     aliases.iter().find_map(|alias| alias.below(path))
 }
 
-/// The same place for `/a/b`, `/a//b/` and `/a/./b`. Links are left to the kernel, which unites what leads to one file.
+/// The same place for `/a/b`, `/a//b/` and `/a/./b`, and for `b` and `./b`. Links are left to the kernel, which unites what leads
+/// to one file.
 fn spelled_once(place: &Place) -> Place {
-    let plain = |path: &Path| path.components().collect();
+    let plain = |path: &Path| {
+        let parts = path.components();
+        parts.filter(|part| *part != Component::CurDir).collect()
+    };
     match place {
         Place::Task(path) => Place::Task(plain(path)),
         Place::Host(path) => Place::Host(plain(path)),
@@ -615,6 +619,25 @@ mod tests {
             of(Place::Task("local".into())),
             ("rwxc".into(), Source::Driver)
         );
+    }
+
+    #[test]
+    fn an_operator_narrows_a_directory_of_the_task_by_any_of_its_names() {
+        for entry in ["r:local", "r:./local", "r:local/./", "r:/m/./local"] {
+            let operators = [entry.to_owned()];
+            let gate = Gate {
+                paths: &operators,
+                ..OPEN
+            };
+            let rules = rules(gate, &[], &aliases()).unwrap();
+            let local = Place::Task("local".into());
+            let on: Vec<_> = rules
+                .iter()
+                .filter(|rule| spelled_once(&rule.place) == local)
+                .map(|rule| (rule.access.to_string(), rule.source))
+                .collect();
+            assert_eq!(on, [("r".into(), Source::Plugin)], "{entry}");
+        }
     }
 
     #[test]

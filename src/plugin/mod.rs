@@ -20,6 +20,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use tokio::net::UnixListener;
 use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -52,6 +53,8 @@ pub fn run<T: Tasks>(tasks: impl FnOnce() -> io::Result<T>) -> ExitCode {
         let _ = writeln!(io::stderr(), "{error}");
         return ExitCode::FAILURE;
     }
+    // It knows the environments of all tasks, tokens included, and its end would be no reason to write them down.
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     log::init();
     match live(tasks) {
         Ok(()) => ExitCode::SUCCESS,

@@ -32,6 +32,7 @@ mod recovery;
 mod run;
 mod run_job;
 mod scopes;
+mod secrets;
 mod shortage;
 mod steps;
 mod surroundings;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         agent::CASES,
         agent_faults::CASES,
         view::CASES,
+        secrets::CASES,
         recovery::CASES,
         bus::CASES,
         steps::CASES,
