@@ -28,8 +28,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_stream::Stream;
 
-use crate::config::plugin::PluginConfig;
 pub use self::exec::Session;
+use crate::config::plugin::PluginConfig;
 pub use start::Output;
 pub use stop::StopStep;
 pub use table::{RUN_DIR, TaskTable};
