@@ -115,6 +115,7 @@ my %attempt = (
     "block-device-node"     => sub { call("mknodat", AT_FDCWD, "$own/disk", 0060600, 0x700) },
     "character-device-node" => sub { call("mknodat", AT_FDCWD, "$own/kmsg", 0020600, 0x10b) },
     "device-outside-of-dev" => sub { done(open my $file, "+<", "$ground/devices/null") },
+    "change-device-mode"    => sub { done(chmod 0666, "/dev/null") },
     "kernel-memory"         => sub { read_file("/proc/kcore") },
 
     # Other processes, and the task's supervisor.
@@ -125,6 +126,7 @@ my %attempt = (
     "stop-supervisor"      => sub { done(kill "STOP", $supervisor); harmed() },
     "trace-supervisor"     => sub { call("ptrace", 0x4206, $supervisor, 0, 0) },
     "limit-supervisor"     => sub { call("prlimit64", $supervisor, 7, pack("Q2", 0, 0), 0) },
+    "slow-supervisor"      => sub { call("sched_setscheduler", $supervisor, 5, pack("i", 0)) },
     "sacrifice-supervisor" => sub { write_file("/proc/$supervisor/oom_score_adj", "1000") },
     "read-supervisor-environment" => sub { read_file("/proc/$supervisor/environ") },
     "read-supervisor-memory"      => sub { done(open my $file, "<", "/proc/$supervisor/mem") },
@@ -152,6 +154,16 @@ my %attempt = (
         my $request = pack("a16s x22", "lo", 0x49);
         done(ioctl $socket, 0x8914, $request);
     },
+    "read-packets"       => sub { done(socket my $socket, 17, SOCK_RAW, 0x0300) },
+    "forge-device-event" => sub {
+        socket(my $socket, 16, SOCK_RAW, 15) or die "$!\n";
+        # To those who listen to what udev says; it is no message, and nobody takes it for one.
+        return 1 if send $socket, "exec2-attack", 0, pack("SSLL", 16, 0, 0, 2);
+        die "$!\n" if $!{EPERM};
+        1;
+    },
+    "core-pattern"       => sub { done(open my $file, "+<", "/proc/sys/kernel/core_pattern") },
+    "sysrq"              => sub { done(open my $file, ">", "/proc/sysrq-trigger") },
     "real-time-priority" => sub { call("sched_setscheduler", 0, 1, pack("i", 1)) },
 
     # Mounts.
@@ -198,6 +210,7 @@ my %attempt = (
     "shared-segment" => sub { call("shmget", 0x0e2e2e2e, 0, 0) },
     "message-queue"  => sub { call("mq_open", "exec2-attacks", O_RDONLY, 0, 0) },
     "session-keyring" => sub { call("keyctl", 10, -3, "user", "exec2-attacks", 0) },
+    "user-keyring"       => sub { call("keyctl", 10, -4, "user", "exec2-attacks-of-user", 0) },
     "persistent-keyring" => sub { call("keyctl", 22, -1, -2) },
 
     # What is told.

@@ -18,12 +18,17 @@ const RUN_SOCKET: &str = "/run/exec2-attacks.socket";
 const USER_DIR: &str = "/run/user/exec2-attacks";
 const SHARED: [&str; 2] = ["/tmp/exec2-attacks", "/dev/shm/exec2-attacks"];
 
-/// What has no file system: a segment, a queue and a key, which ends by itself.
+/// What has no file system: a segment, a queue and keys, which end by themselves. Whoever sets a key's end must
+/// have it by its session keyring.
 const MAKE_SHARED: &str = r#"umask 0; defined shmget(0x0e2e2e2e, 64, 01666) or die "shmget: $!";
     sub made { my ($name, @of) = @_; my $made = syscall($sys{$name}, @of); $made == -1 and die "$name: $!"; $made }
     made("mq_open", my $queue = "exec2-attacks", 0102, 0666, 0);
-    my $key = made("add_key", my $kind = "user", my $what = "exec2-attacks", my $value = "x", 1, -3);
-    made("keyctl", 15, $key, 900);"#;
+    made("keyctl", 8, -4, -3);
+    for (["exec2-attacks", -3], ["exec2-attacks-of-user", -4]) {
+        my ($what, $keyring) = @$_;
+        my $key = made("add_key", my $kind = "user", $what, my $value = "x", 1, $keyring);
+        made("keyctl", 15, $key, 900);
+    }"#;
 
 /// The numbers of system calls for Perl, which has them in no module of its own.
 pub fn prelude() -> String {

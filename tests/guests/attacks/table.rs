@@ -86,6 +86,7 @@ pub struct Threat {
     pub tests: &'static [&'static str],
 }
 
+const KEYRINGS: &str = "**Keyrings of users.**";
 const SMALL: &str = "a kernel may be built without it";
 const YAMA: &str = "Yama may close it to all but root";
 const CONTAINER: &str = "a container's host may withhold it";
@@ -208,6 +209,7 @@ pub const THREATS: &[Threat] = &[
             stopped("block-device-node", ROOTS),
             stopped("character-device-node", ROOTS),
             stopped("device-outside-of-dev", TASKS),
+            stopped("change-device-mode", ROOTS),
         ],
         tests: &[],
     },
@@ -228,6 +230,10 @@ pub const THREATS: &[Threat] = &[
             stopped("name-host", ROOTS),
             stopped("open-by-handle", ROOTS),
             stopped("configure-network", PLAIN_ROOT),
+            stopped("forge-device-event", PLAIN_ROOT),
+            stopped("core-pattern", ROOTS).depends(CONTAINER),
+            stopped("sysrq", ROOTS).depends(CONTAINER),
+            by_design("read-packets", ROOTS, "root reads and sends packets"),
         ],
         tests: &["guests::view::a_task_has_namespaces_and_privileges_of_its_own"],
     },
@@ -287,6 +293,7 @@ pub const THREATS: &[Threat] = &[
             stopped("read-supervisor-memory", TASKS).depends(YAMA),
             stopped("take-supervisor-descriptor", TASKS).depends(YAMA),
             stopped("enter-supervisor-namespace", ROOTS),
+            by_design("slow-supervisor", ROOTS, "**When an end is told.**"),
         ],
         tests: &[
             "guests::view::the_agents_secrets_stay_with_the_agent",
@@ -313,9 +320,17 @@ pub const THREATS: &[Threat] = &[
             stopped("shared-segment", TASKS),
             stopped("message-queue", TASKS),
             stopped("session-keyring", TASKS),
-            by_design("persistent-keyring", USERS, "**Persistent keyrings**").depends(SMALL),
+            by_design("user-keyring", ROOTS, KEYRINGS),
+            by_design("persistent-keyring", USERS, KEYRINGS).depends(SMALL),
         ],
         tests: &["guests::view::tasks_do_not_meet_in_tmp"],
+    },
+    Threat {
+        name: "secrets of other allocations are read",
+        who: "any task",
+        stopped_by: "they are not mounted in the task's namespace",
+        attempts: &[],
+        tests: &["launch::view::mounts_of_other_allocations_are_let_go_of"],
     },
     Threat {
         name: "links planted in the task's directory are followed by root",
