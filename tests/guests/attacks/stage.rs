@@ -9,6 +9,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use crate::nomad::said;
 
@@ -16,6 +18,7 @@ pub const GROUND: &str = "/srv/exec2-attacks";
 const CGROUP: &str = "/sys/fs/cgroup/exec2-attacks";
 const RUN_SOCKET: &str = "/run/exec2-attacks.socket";
 const USER_DIR: &str = "/run/user/exec2-attacks";
+const QUEUE: &str = "/dev/mqueue/exec2-attacks";
 const SHARED: [&str; 2] = ["/tmp/exec2-attacks", "/dev/shm/exec2-attacks"];
 
 /// What has no file system: a segment, a queue and keys, which end by themselves. Whoever sets a key's end must
@@ -79,9 +82,13 @@ impl Stage {
     pub fn new(owner: u32) -> Result<Stage> {
         clear();
         fs::create_dir_all(GROUND)?;
-        said(
-            "mount",
-            &["-t", "tmpfs", "-o", "mode=755", "exec2-attacks", GROUND],
+        let (kind, options) = (Some("tmpfs"), Some("mode=755"));
+        mount(
+            Some("exec2-attacks"),
+            GROUND,
+            kind,
+            MsFlags::empty(),
+            options,
         )?;
         let at = |name: &str| Path::new(GROUND).join(name);
         for dir in [
@@ -109,10 +116,8 @@ impl Stage {
         fs::copy("/usr/bin/id", at("setuid"))?;
         fs::set_permissions(at("setuid"), fs::Permissions::from_mode(0o4755))?;
         let null = at("devices/null");
-        said(
-            "mknod",
-            &["-m", "666", &null.to_string_lossy(), "c", "1", "3"],
-        )?;
+        mknod(&null, SFlag::S_IFCHR, Mode::empty(), makedev(1, 3))?;
+        open_to_all(&null)?;
         for path in SHARED {
             fs::write(path, "shared\n")?;
         }
@@ -159,12 +164,18 @@ impl Drop for Stage {
     }
 }
 
+/// Whatever there is of it.
 fn clear() {
-    let script = "umount -l $0; rmdir $0; rm -rf $1; ipcrm -M 0x0e2e2e2e; rm -f $2 $3 $4 /dev/mqueue/exec2-attacks; rmdir $5";
-    let _ = Command::new("sh")
-        .args([
-            "-c", script, GROUND, USER_DIR, RUN_SOCKET, SHARED[0], SHARED[1], CGROUP,
-        ])
+    let _ = umount2(GROUND, MntFlags::MNT_DETACH);
+    for dir in [GROUND, CGROUP] {
+        let _ = fs::remove_dir(dir);
+    }
+    let _ = fs::remove_dir_all(USER_DIR);
+    for file in [RUN_SOCKET, QUEUE].iter().chain(&SHARED) {
+        let _ = fs::remove_file(file);
+    }
+    let _ = Command::new("ipcrm")
+        .args(["-M", "0x0e2e2e2e"])
         .stderr(Stdio::null())
         .status();
 }
