@@ -54,7 +54,7 @@ impl Attempt {
         }
     }
 
-    const fn from_abi(self, from_abi: u32) -> Attempt {
+    const fn since_abi(self, from_abi: u32) -> Attempt {
         Attempt { from_abi, ..self }
     }
 }
@@ -150,7 +150,7 @@ pub const THREATS: &[Threat] = &[
         who: "any task",
         stopped_by: "for root, a Landlock scope, from ABI 6 on",
         attempts: &[
-            stopped("abstract-socket", ROOTS).from_abi(6),
+            stopped("abstract-socket", ROOTS).since_abi(6),
             by_design(
                 "abstract-socket",
                 USERS,
