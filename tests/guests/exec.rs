@@ -899,7 +899,7 @@ fn a_session_begins_soon(context: &Context) -> Result<()> {
             times.push(begun.elapsed());
         }
         times.sort();
-        context.note(&format!(
+        context.note(format!(
             "ExecTask of `sh -c 'exit 0'`: {:?} median, {:?} least, {:?} at most",
             times[25], times[0], times[49]
         ));
