@@ -1,9 +1,17 @@
-//! The compatibility table held against the tests that it names: no row without one, no name that is gone.
+//! The compatibility table, and the attacks of SECURITY.md, held against the tests that they name: no row without one, no name
+//! that is gone.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
+
+// What the guests do with it is not looked at here.
+#[allow(dead_code)]
+#[path = "guests/attacks/table.rs"]
+mod attacks;
+
+use attacks::{THREATS, Threat, Verdict};
 
 /// What a row may say of our behaviour; a difference has its reason after the word.
 const VERDICTS: [&str; 3] = ["same", "better", "different"];
@@ -50,6 +58,7 @@ fn files(module: &str) -> Vec<PathBuf> {
     let path = module.replace("::", "/");
     [
         format!("tests/{path}.rs"),
+        format!("tests/{path}/mod.rs"),
         format!("tests/harness/src/{path}.rs"),
         format!("src/{path}.rs"),
         format!("src/{path}/mod.rs"),
@@ -140,4 +149,56 @@ fn a_name_is_found_only_where_a_test_of_that_name_runs() {
     assert!(!exists("guests::life::no_such_case"));
     assert!(!exists("plugin::about::attr"));
     assert!(!exists("nowhere"));
+}
+
+/// An attempt that may succeed is in italics.
+fn row_of(threat: &Threat) -> String {
+    let attempts = threat.attempts.iter().map(|attempt| match attempt.verdict {
+        Verdict::Stopped => attempt.name.to_owned(),
+        Verdict::ByDesign(_) => format!("*{}*", attempt.name),
+    });
+    let tests = threat.tests.iter().map(|test| format!("`{test}`"));
+    let cell = |words: Vec<String>, between| match words.as_slice() {
+        [] => "-".to_owned(),
+        words => words.join(between),
+    };
+    format!(
+        "| {} | {} | {} | {} | {} |",
+        threat.name,
+        threat.who,
+        threat.stopped_by,
+        cell(attempts.collect(), ", "),
+        cell(tests.collect(), " ")
+    )
+}
+
+#[test]
+fn security_md_has_the_attacks_that_are_tried() {
+    let text = fs::read_to_string(root().join("SECURITY.md")).unwrap();
+    let table: Vec<String> = THREATS.iter().map(row_of).collect();
+    let table = table.join("\n");
+    assert!(
+        text.contains(&format!("|---|---|---|---|---|\n{table}\n\n")),
+        "SECURITY.md lacks this table:\n{table}"
+    );
+}
+
+#[test]
+fn each_attack_is_tried_and_what_is_open_is_said() {
+    let text = fs::read_to_string(root().join("SECURITY.md")).unwrap();
+    let attacker = fs::read_to_string(root().join("tests/guests/attacks/attacker.pl")).unwrap();
+    for threat in THREATS {
+        let tried = threat.attempts.len() + threat.tests.len();
+        assert!(tried > 0, "nobody tries it: {}", threat.name);
+        for test in threat.tests {
+            assert!(exists(test), "there is no test {test}");
+        }
+        for attempt in threat.attempts {
+            let name = format!("    \"{}\" ", attempt.name);
+            assert!(attacker.contains(&name), "{} is not tried", attempt.name);
+            if let Verdict::ByDesign(words) = attempt.verdict {
+                assert!(text.contains(words), "SECURITY.md does not say {words:?}");
+            }
+        }
+    }
 }

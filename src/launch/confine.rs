@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use landlock::{
     ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, make_bitflags,
+    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
 use rustix::fs::{FileType, OFlags, fstat, stat};
 use rustix::io::Errno;
@@ -41,7 +41,7 @@ impl Rules {
         root: &TaskRoot,
         pipes: impl Iterator<Item = &'a OwnedFd>,
     ) -> Result<Rules, Failure> {
-        let mut ruleset = empty_ruleset().map_err(|error| refused(Step::Rules, &error))?;
+        let mut ruleset = empty_ruleset(order).map_err(|error| refused(Step::Rules, &error))?;
         let mut held = Vec::new();
         let mut operators = BTreeSet::new();
         let proc = stat("/proc").at_path(Step::Rules, "/proc")?.st_dev;
@@ -103,13 +103,17 @@ impl Rules {
     }
 }
 
-fn empty_ruleset() -> Result<RulesetCreated, landlock::RulesetError> {
-    Ruleset::default()
+fn empty_ruleset(order: &Order) -> Result<RulesetCreated, landlock::RulesetError> {
+    let mut ruleset = Ruleset::default()
         .set_compatibility(CompatLevel::HardRequirement)
         .handle_access(AccessFs::from_all(ABI::V1))?
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(LATER)?
-        .create()
+        .handle_access(LATER)?;
+    // Signals are not scoped: a session has a domain of its own, and may signal what else runs in the task.
+    if order.closes_abstract_sockets() {
+        ruleset = ruleset.scope(Scope::AbstractUnixSocket)?;
+    }
+    ruleset.create()
 }
 
 /// What a rule is for, or nothing if it is a default whose path is not there for this user.

@@ -182,6 +182,14 @@ pub struct Order {
     pub open_files: (u64, u64),
 }
 
+impl Order {
+    /// Whether abstract sockets that others made are out of reach. The kernel asks for no right to connect to one, so that for
+    /// root each is an open door. In an allocation's own network they are those of its tasks, which may talk.
+    pub fn closes_abstract_sockets(&self) -> bool {
+        self.uid == 0 && self.network_namespace.is_none() && self.view.tree == Tree::ReadOnly
+    }
+}
+
 /// Where a bare name is looked for if the task's environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 

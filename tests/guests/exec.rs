@@ -242,11 +242,12 @@ fn a_session_is_in_the_tasks_scope_and_is_what_the_task_is(context: &Context) ->
             ensure!(said.contains("/local\n"), "{said}");
             ensure!(said.contains("0::/exec-1\n"), "{said} {:?}", fs::read_link(format!("/proc/{main}/ns/cgroup")));
             let room = scope.dir.join("exec-1");
-            let pids = members(&room);
-            let [pid] = pids.as_slice() else {
-                bail!("{pids:?} in {}", room.display())
+            // What the shell ran before may not be gone yet.
+            let only = || match members(&room).as_slice() {
+                [pid] => Some(*pid),
+                _ => None,
             };
-            let pid = *pid;
+            let pid = until("one process is in the session's cgroup", only).await?;
             let cgroup = proc_file(pid, "cgroup")?;
             // A container has those of v1 beside it.
             ensure!(

@@ -4,6 +4,7 @@
 
 mod agent;
 mod agent_faults;
+mod attacks;
 mod bad_input;
 mod bench;
 mod bus;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         packages::CASES,
         bad_input::CASES,
         hostile::CASES,
+        attacks::CASES,
         compat::CASES,
         versions::CASES,
         agent::CASES,

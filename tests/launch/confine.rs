@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{chown, symlink};
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::{Path, PathBuf};
 
 use nomad_driver_exec2::plan::steps::{Order, Source, Tree};
@@ -118,6 +120,33 @@ fn root_creates_no_device_node_even_with_the_capability() {
     };
     assert_eq!(succeed(&stage, order), "fifo ");
     assert!(!ground.join("a").exists() && !ground.join("b").exists());
+}
+
+/// Its rights say nothing about them: only a scope does, which kernels have since 6.12.
+#[test]
+fn root_reaches_no_abstract_socket_but_those_of_the_task() {
+    let name = format!("exec2-confine-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&name).unwrap();
+    let _listener = UnixListener::bind_addr(&address).unwrap();
+    let script = format!(
+        "use Socket;
+        sub address {{ pack('Sa*', AF_UNIX, \"\\0$_[0]\") }}
+        sub reach {{ socket(my $s, PF_UNIX, SOCK_STREAM, 0); print \"$_[0] \" if connect $s, address($_[1]) }}
+        socket(my $own, PF_UNIX, SOCK_STREAM, 0);
+        bind($own, address('{name}-own')) && listen($own, 8) or die $!;
+        $| = 1;
+        if (!fork) {{ reach('own-of-child', '{name}-own'); exit }}
+        wait;
+        reach('own', '{name}-own');
+        reach('other', '{name}');"
+    );
+    let stage = Stage::new();
+    let order = stage.order("perl", &["-e", &script]);
+    let is_scoped = nomad_driver_exec2::sys::landlock_abi() >= Some(6);
+    let of_root = stage.run(&order.clone().as_root()).stdout;
+    let others = if is_scoped { "" } else { "other " };
+    assert_eq!(of_root, format!("own-of-child own {others}"));
+    assert_eq!(stage.run(&order).stdout, "own-of-child own other ");
 }
 
 #[test]

@@ -1,0 +1,370 @@
+//! What hostile tasks and hostile authors of jobs try. SECURITY.md has the same as a table.
+
+/// Whose attack it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Who {
+    /// A task with a dynamic workload user.
+    Dynamic,
+    /// A task with a user of the host's.
+    Named,
+    Root,
+    /// Root with capabilities that the operator allows.
+    RootWithCaps,
+}
+
+/// Everybody that a task can be.
+pub const TASKS: &[Who] = &[Who::Dynamic, Who::Named, Who::Root, Who::RootWithCaps];
+pub const USERS: &[Who] = &[Who::Dynamic, Who::Named];
+pub const ROOTS: &[Who] = &[Who::Root, Who::RootWithCaps];
+/// Whom the file that is attacked belongs to, or who needs not own it.
+const OWNERS: &[Who] = &[Who::Named, Who::Root, Who::RootWithCaps];
+const PLAIN_ROOT: &[Who] = &[Who::Root];
+
+/// What an attempt of `attacker.pl` must come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Stopped,
+    /// It may succeed: the words of SECURITY.md that say so.
+    ByDesign(&'static str),
+}
+
+/// Whether an attempt succeeds where nothing stops it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    Succeeds,
+    /// Not on every kernel, for this reason.
+    Depends(&'static str),
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Attempt {
+    pub name: &'static str,
+    pub who: &'static [Who],
+    pub verdict: Verdict,
+    pub control: Control,
+    /// Before this ABI of Landlock it may succeed.
+    pub from_abi: u32,
+}
+
+impl Attempt {
+    const fn depends(self, reason: &'static str) -> Attempt {
+        Attempt {
+            control: Control::Depends(reason),
+            ..self
+        }
+    }
+
+    const fn since_abi(self, from_abi: u32) -> Attempt {
+        Attempt { from_abi, ..self }
+    }
+}
+
+const fn stopped(name: &'static str, who: &'static [Who]) -> Attempt {
+    Attempt {
+        name,
+        who,
+        verdict: Verdict::Stopped,
+        control: Control::Succeeds,
+        from_abi: 1,
+    }
+}
+
+const fn by_design(name: &'static str, who: &'static [Who], words: &'static str) -> Attempt {
+    Attempt {
+        verdict: Verdict::ByDesign(words),
+        ..stopped(name, who)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Threat {
+    pub name: &'static str,
+    pub who: &'static str,
+    pub stopped_by: &'static str,
+    pub attempts: &'static [Attempt],
+    /// Tests that try it in other ways.
+    pub tests: &'static [&'static str],
+}
+
+const KEYRINGS: &str = "**Keyrings of users.**";
+const SMALL: &str = "a kernel may be built without it";
+const YAMA: &str = "Yama may close it to all but root";
+const CONTAINER: &str = "a container's host may withhold it";
+
+pub const THREATS: &[Threat] = &[
+    Threat {
+        name: "Nomad's log rotation writes through a planted link",
+        who: "any task",
+        stopped_by: "`alloc/logs` is read-only, by each of its paths",
+        attempts: &[
+            stopped("link-in-logs", TASKS),
+            stopped("file-in-logs", TASKS),
+            stopped("remove-log", TASKS),
+            stopped("rename-logs", TASKS),
+            stopped("link-in-logs-by-data-dir", TASKS),
+        ],
+        tests: &["guests::view::the_logs_are_closed_at_each_of_their_paths"],
+    },
+    Threat {
+        name: "a variable or a name of the job leads somewhere else",
+        who: "author",
+        stopped_by: "no path is taken from a job's environment; a dynamic user's number is checked",
+        attempts: &[],
+        tests: &[
+            "guests::bad_input::a_mistake_is_a_sentence_with_key_and_value",
+            "guests::bad_input::a_hostile_request_is_refused_and_leaves_nothing",
+        ],
+    },
+    Threat {
+        name: "newlines and escapes in names write units, logs and terminals",
+        who: "author",
+        stopped_by: "only text with visible escapes leaves the plugin",
+        attempts: &[],
+        tests: &[
+            "guests::bad_input::a_hostile_name_changes_no_unit",
+            "guests::hostile::a_task_s_key_takes_no_harm_from_any_value",
+        ],
+    },
+    Threat {
+        name: "a manager of the host is asked to start something",
+        who: "any task",
+        stopped_by: "masks over `/run`; for root over all of it",
+        attempts: &[
+            stopped("system-bus", TASKS),
+            stopped("systemd-notify", TASKS),
+            stopped("user-manager", TASKS),
+            stopped("systemd-private", ROOTS),
+            stopped("start-service", ROOTS),
+            stopped("plugin-socket", ROOTS),
+            stopped("socket-below-run", ROOTS),
+            by_design(
+                "socket-outside-of-run",
+                TASKS,
+                "**Sockets that are not under `/run`.**",
+            ),
+        ],
+        tests: &["guests::view::the_managers_of_the_host_are_out_of_reach"],
+    },
+    Threat {
+        name: "abstract sockets of the host",
+        who: "any task",
+        stopped_by: "for root, a Landlock scope, from ABI 6 on",
+        attempts: &[
+            stopped("abstract-socket", ROOTS).since_abi(6),
+            by_design(
+                "abstract-socket",
+                USERS,
+                "Abstract sockets of the host's network namespace",
+            ),
+        ],
+        tests: &[],
+    },
+    Threat {
+        name: "files that are not unveiled are opened or moved",
+        who: "any task",
+        stopped_by: "Landlock",
+        attempts: &[
+            stopped("read-file", TASKS),
+            stopped("list-directory", TASKS),
+            stopped("reopen-descriptor", TASKS),
+            stopped("write-file", TASKS),
+            stopped("truncate-file", TASKS),
+            stopped("create-file", TASKS),
+            stopped("make-directory", TASKS),
+            stopped("plant-link", TASKS),
+            stopped("remove-file", TASKS),
+            stopped("rename-file", TASKS),
+            stopped("hard-link-file", TASKS),
+            stopped("execute-file", TASKS),
+            by_design("stat-file", TASKS, "**Names.**"),
+            by_design("watch-directory", TASKS, "**Names.**"),
+        ],
+        tests: &["guests::jobs::what_is_not_unveiled_is_closed_to_everyone"],
+    },
+    Threat {
+        name: "mode, owner, times or attributes of such files are changed",
+        who: "root, and a file's owner",
+        stopped_by: "the whole tree is read-only",
+        attempts: &[
+            stopped("change-mode", OWNERS),
+            stopped("change-mode-by-descriptor", OWNERS),
+            stopped("change-times", OWNERS),
+            stopped("change-owner", ROOTS),
+            stopped("give-capability", ROOTS),
+        ],
+        tests: &["guests::view::root_changes_nothing_of_the_host"],
+    },
+    Threat {
+        name: "a setuid program gives other rights",
+        who: "users",
+        stopped_by: "no_new_privs; nosuid",
+        attempts: &[stopped("setuid-program", USERS)],
+        tests: &[],
+    },
+    Threat {
+        name: "devices",
+        who: "any task",
+        stopped_by: "Landlock grants no device node; nodev outside of `/dev`",
+        attempts: &[
+            stopped("block-device-node", ROOTS),
+            stopped("character-device-node", ROOTS),
+            stopped("device-outside-of-dev", TASKS),
+            stopped("change-device-mode", ROOTS),
+        ],
+        tests: &[],
+    },
+    Threat {
+        name: "the kernel is asked as root",
+        who: "root",
+        stopped_by: "a bounding set of ordinary capabilities; masks in `/proc`",
+        attempts: &[
+            stopped("kernel-memory", ROOTS).depends(CONTAINER),
+            stopped("load-module", ROOTS).depends(SMALL),
+            stopped("load-kernel", ROOTS).depends(SMALL),
+            stopped("reboot", ROOTS),
+            stopped("port-access", ROOTS).depends(SMALL),
+            stopped("bpf-program", ROOTS).depends(SMALL),
+            stopped("watch-all-processors", ROOTS).depends(SMALL),
+            stopped("watch-all-files", ROOTS).depends(SMALL),
+            stopped("freeze-filesystem", ROOTS),
+            stopped("name-host", ROOTS),
+            stopped("open-by-handle", ROOTS),
+            stopped("configure-network", PLAIN_ROOT),
+            stopped("forge-device-event", PLAIN_ROOT),
+            stopped("core-pattern", ROOTS).depends(CONTAINER),
+            stopped("sysrq", ROOTS).depends(CONTAINER),
+            by_design("read-packets", ROOTS, "root reads and sends packets"),
+        ],
+        tests: &["guests::view::a_task_has_namespaces_and_privileges_of_its_own"],
+    },
+    Threat {
+        name: "mounts are changed, or read by new ones",
+        who: "any task",
+        stopped_by: "no CAP_SYS_ADMIN; Landlock; mounts locked in namespaces of users",
+        attempts: &[
+            stopped("lift-read-only", ROOTS),
+            stopped("mount-filesystem", ROOTS),
+            stopped("clone-tree", ROOTS),
+            stopped("open-filesystem", ROOTS),
+            stopped("new-mount-namespace", ROOTS),
+            stopped("mount-in-user-namespace", TASKS).depends(SMALL),
+            stopped("lift-read-only-in-user-namespace", TASKS).depends(SMALL),
+            by_design(
+                "new-user-namespace",
+                TASKS,
+                "A task may create user namespaces",
+            )
+            .depends(SMALL),
+        ],
+        tests: &["guests::view::what_the_host_mounts_later_does_not_arrive"],
+    },
+    Threat {
+        name: "a process leaves the scope",
+        who: "root",
+        stopped_by: "a cgroup namespace, and no other cgroup in sight",
+        attempts: &[
+            stopped("clone-into-cgroup", ROOTS),
+            stopped("join-cgroup", ROOTS),
+        ],
+        tests: &["guests::view::a_task_sees_its_own_processes_and_cgroup_only"],
+    },
+    Threat {
+        name: "processes of others are seen, signalled or traced",
+        who: "any task",
+        stopped_by: "a PID namespace; Landlock domains",
+        attempts: &[
+            stopped("see-neighbour", TASKS),
+            stopped("signal-neighbour", TASKS),
+            stopped("trace-neighbour", TASKS).depends(YAMA),
+        ],
+        tests: &["guests::view::a_task_sees_its_own_processes_and_cgroup_only"],
+    },
+    Threat {
+        name: "the supervisor is ended, limited or read, so that the end is not told",
+        who: "any task",
+        stopped_by: "it is PID 1, undumpable, in another group and outside of the domain",
+        attempts: &[
+            stopped("kill-supervisor", TASKS),
+            stopped("stop-supervisor", TASKS),
+            stopped("trace-supervisor", TASKS).depends(YAMA),
+            stopped("limit-supervisor", TASKS),
+            stopped("sacrifice-supervisor", TASKS),
+            stopped("read-supervisor-environment", TASKS),
+            stopped("read-supervisor-memory", TASKS).depends(YAMA),
+            stopped("take-supervisor-descriptor", TASKS).depends(YAMA),
+            stopped("enter-supervisor-namespace", ROOTS),
+            by_design("slow-supervisor", ROOTS, "**When an end is told.**"),
+        ],
+        tests: &[
+            "guests::view::the_agents_secrets_stay_with_the_agent",
+            "guests::compat::no_file_of_a_task_s_own_forges_its_exit_code",
+        ],
+    },
+    Threat {
+        name: "a task takes precedence over the host",
+        who: "root",
+        stopped_by: "no CAP_SYS_NICE, no real-time limit, `oom_score_adj` from 0 up",
+        attempts: &[
+            stopped("real-time-priority", PLAIN_ROOT).depends(SMALL),
+            stopped("shield-from-oom", ROOTS).depends(CONTAINER),
+        ],
+        tests: &["guests::surroundings::a_task_has_no_more_processes_than_the_operator_allows"],
+    },
+    Threat {
+        name: "tasks meet in what the host has once",
+        who: "any task",
+        stopped_by: "own `/tmp`, `/dev/shm`, message queues, IPC namespace and session keyring",
+        attempts: &[
+            stopped("shared-tmp", TASKS),
+            stopped("shared-memory", TASKS),
+            stopped("shared-segment", TASKS),
+            stopped("message-queue", TASKS),
+            stopped("session-keyring", TASKS),
+            by_design("user-keyring", ROOTS, KEYRINGS),
+            by_design("persistent-keyring", USERS, KEYRINGS).depends(SMALL),
+        ],
+        tests: &["guests::view::tasks_do_not_meet_in_tmp"],
+    },
+    Threat {
+        name: "secrets of other allocations are read",
+        who: "any task",
+        stopped_by: "they are not mounted in the task's namespace",
+        attempts: &[],
+        tests: &["launch::view::mounts_of_other_allocations_are_let_go_of"],
+    },
+    Threat {
+        name: "links planted in the task's directory are followed by root",
+        who: "author, any task",
+        stopped_by: "everything below it is opened without following links",
+        attempts: &[],
+        tests: &[
+            "launch::confine::a_link_planted_in_the_tasks_directory_does_not_lead_out_of_it",
+            "launch::volumes::a_link_that_a_task_planted_does_not_lead_a_volume_out_of_its_directory",
+            "launch::stdio::a_link_in_place_of_a_log_pipe_is_refused",
+        ],
+    },
+    Threat {
+        name: "a volume lies over what root's code reads",
+        who: "author",
+        stopped_by: "the driver's own directories are no destinations; nothing is looked up after it is laid",
+        attempts: &[],
+        tests: &[
+            "guests::surroundings::a_volume_that_cannot_be_laid_fails_the_start",
+            "launch::stdio::a_volume_is_not_taken_for_the_journal",
+        ],
+    },
+    Threat {
+        name: "the environment of a job reaches root's code",
+        who: "author",
+        stopped_by: "the helper starts with an empty one",
+        attempts: &[],
+        tests: &["guests::attacks::the_environment_of_a_job_is_not_the_helpers"],
+    },
+    Threat {
+        name: "a session of `nomad alloc exec` is a way out",
+        who: "any task",
+        stopped_by: "its helper stays outside, undumpable, in another domain",
+        attempts: &[],
+        tests: &["guests::exec::a_task_gets_nothing_out_of_sessions_in_it"],
+    },
+];
