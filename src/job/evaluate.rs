@@ -366,7 +366,7 @@ mod tests {
     fn a_few_lines_cannot_make_all_of_memory() {
         let mut names = Names::default();
         names.set_local("a".into(), Value::from("x".repeat(100_000)));
-        let of = |text: &str| text.parse::<hcl::Expression>().unwrap();
+        let of = |text: &str| text.parse::<Expression>().unwrap();
         assert!(names.evaluate(of("\"${local.a}${local.a}\"")).is_ok());
         let many = format!("\"{}\"", "${local.a}".repeat(1_000));
         let nested = "[for a in [1, 2] : [for b in [1, 2] : local.a]]";

@@ -31,16 +31,16 @@ pub const CASES: &[Case] = &[
         Ours,
         a_session_is_in_the_tasks_scope_and_is_what_the_task_is
     ),
-    case!(Both, Ours, a_session_carries_bytes_without_loss),
-    case!(Both, Ours, a_terminal_is_one_of_the_tasks_own),
-    case!(Both, Ours, nothing_of_a_session_stays),
+    case!(Speed, Ours, a_session_carries_bytes_without_loss),
+    case!(Speed, Ours, a_terminal_is_one_of_the_tasks_own),
+    case!(Speed, Ours, nothing_of_a_session_stays),
     case!(
-        Both,
+        Speed,
         Ours,
         sessions_end_with_the_plugin_and_open_again_after_it
     ),
     case!(Speed, Ours, a_task_has_many_sessions_and_not_too_many),
-    case!(Both, Ours, a_script_is_run_as_a_check_runs_it),
+    case!(Speed, Ours, a_script_is_run_as_a_check_runs_it),
     case!(Speed, Ours, what_takes_no_session_says_why),
     case!(Both, Ours, a_task_gets_nothing_out_of_sessions_in_it),
     case!(Limits, Ours, a_session_is_within_the_tasks_memory_limit),

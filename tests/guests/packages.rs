@@ -19,12 +19,12 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, apt_swaps_it_with_hashicorps_package),
     case!(Limits, Ours, a_drop_in_of_its_slice_holds_for_running_tasks),
     case!(
-        Limits,
+        ProgramLimits,
         Agent,
         an_upgrade_and_a_downgrade_leave_tasks_running,
         Long
     ),
-    case!(Limits, Agent, a_removal_leaves_tasks_running, Long),
+    case!(ProgramLimits, Agent, a_removal_leaves_tasks_running, Long),
 ];
 
 const NAME: &str = "nomad-driver-exec2-systemd";
@@ -339,21 +339,17 @@ fn a_removal_leaves_tasks_running(context: &Context) -> Result<()> {
             scope.main()? == main,
             "after a restart of the agent without the driver"
         );
-        tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-        context.note(format!("{:?}", messages(&agent, &id, "t").await?));
-        context.note(agent.allocation(&id).await?["ClientStatus"].to_string());
-        context.note(format!(
-            "{:?}",
-            agent.plugin_lines(harness::nomad::Level::Warn)?
-        ));
+        // Nomad gives it up, and the operator ends it.
+        agent.wait_for(&id, &["failed"]).await?;
+        ensure!(scope.main()? == main, "after Nomad has given it up");
+        said("systemctl", &["stop", &scope.unit])?;
+        until("the scope is gone", || (!scope.dir.exists()).then_some(())).await?;
+        fs::remove_file(Path::new("/run/nomad-driver-exec2/records").join(&scope.unit))?;
 
+        // What starts after the driver is back runs on it.
         apt(&deb)?;
         agent.restart().await?;
-        context.note(format!("{:?}", messages(&agent, &id, "t").await?));
-        context.note(agent.allocation(&id).await?["ClientStatus"].to_string());
-        ensure!(scope.main()? == main, "after the driver came back");
-        ends_with_7(&agent, &id).await?;
-        until("the scope is gone", || scope.expect_gone().ok()).await?;
+        runs_another(&agent, "back").await?;
         agent.collect().await?;
         agent.finish().await
     })

@@ -23,9 +23,15 @@ use table::{Attempt, Control, THREATS, Verdict, Who};
 pub const CASES: &[Case] = &[
     case!(Both, Ours, a_hostile_task_succeeds_in_nothing, Long),
     case!(
-        Both,
+        Speed,
         Ours,
         each_attempt_succeeds_where_nothing_stops_it,
+        Long
+    ),
+    case!(
+        ProgramLimits,
+        Ours,
+        each_attempt_succeeds_on_a_kernel_of_its_own,
         Long
     ),
     case!(Speed, Ours, the_environment_of_a_job_is_not_the_helpers),
@@ -178,6 +184,11 @@ async fn attack(context: &Context, who: Who) -> Result<(String, Option<String>)>
     let after = stage.files()?;
     agent.finish().await?;
     Ok((said, (after != before).then_some(after)))
+}
+
+/// A container's kernel is its host's, which stops some of them.
+fn each_attempt_succeeds_on_a_kernel_of_its_own(context: &Context) -> Result<()> {
+    each_attempt_succeeds_where_nothing_stops_it(context)
 }
 
 /// As whoever a task would be, but with nothing around it.
