@@ -341,6 +341,18 @@ mod tests {
     }
 
     #[test]
+    fn numbers_and_comments_are_as_go_reads_them() {
+        let text = "a = 0x10\nb = 010 /*/ old */\nc = -3\nd = 1.5";
+        let read: Vec<Value> = parse(text)
+            .unwrap()
+            .into_iter()
+            .map(|entry| value(entry.node))
+            .collect();
+        let wanted = [16.into(), 8.into(), (-3).into(), 1.5.into()];
+        assert_eq!(read, wanted);
+    }
+
+    #[test]
     fn labels_and_json_are_trees_alike() {
         let hcl = parse("plugin \"a\" {\n config {\n x = 1\n}\n}").unwrap();
         let json = parse(r#"{"plugin": [{"a": {"config": {"x": 1}}}]}"#).unwrap();
@@ -354,7 +366,7 @@ mod tests {
     fn a_mistake_is_told_with_its_line() {
         for (text, line, start) in [
             ("a = 1\nb = {\n", 3, "a block has no end"),
-            ("a = 1\nb = word\n", 2, "\"word\" is no value"),
+            ("a = 1\nb = word\n", 2, "a bare word is no value"),
             ("a = \"x\n", 1, "a text has no closing quote"),
             ("\n= 1", 2, "a key is expected, not '='"),
             ("a\n", 2, "a value is missing"),

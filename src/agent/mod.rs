@@ -295,6 +295,33 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_file_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("z.hcl");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [dir.path().to_owned(), fifo, "/dev/null".into()] {
+            let config = AgentConfig::load(&[path]);
+            assert!(config.files.is_empty());
+            assert!(
+                config.problems[0].ends_with("is no regular file"),
+                "{config:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_client_stays_one() {
+        let mut config = AgentConfig::default();
+        for text in [
+            "client {\n enabled = true\n}",
+            "client {\n enabled = false\n}",
+        ] {
+            config.take(Path::new("x"), hcl1::parse(text).unwrap());
+        }
+        assert!(config.is_client);
+    }
+
+    #[test]
     fn the_configuration_of_the_tests_agent_is_read() {
         let text = include_str!("../../tests/harness/src/hack/nomad.hcl");
         let mut config = AgentConfig::default();

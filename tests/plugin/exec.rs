@@ -218,3 +218,41 @@ async fn exec_task_gives_the_end_of_what_was_said_and_the_code() {
         "task not found for given id: ghost"
     );
 }
+
+#[tokio::test]
+async fn a_session_that_does_not_read_keeps_no_other_call_waiting() {
+    let served = serve().await;
+    served.start(task("x")).await.unwrap();
+    let (sender, _answers) = open(&served, vec![setup(ID, "quiet", false)])
+        .await
+        .unwrap();
+    let flood = tokio::spawn(async move {
+        for _ in 0..64 {
+            if sender.send(stdin(&[0; 64 << 10], false)).await.is_err() {
+                return;
+            }
+        }
+    });
+    // So that it has sent what the connection takes.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let large = wire::SignalTaskRequest {
+        task_id: ID.into(),
+        signal: "x".repeat(256 << 10),
+    };
+    let answer: Result<wire::SignalTaskResponse, Status> =
+        tokio::time::timeout(Duration::from_secs(10), served.driver("SignalTask", large))
+            .await
+            .expect("it is kept waiting");
+    let _ = answer;
+    flood.abort();
+}
+
+#[tokio::test]
+async fn input_comes_in_parts() {
+    let served = serve().await;
+    served.start(task("x")).await.unwrap();
+    let first = vec![setup(ID, "cat", false), stdin(&[0; (1 << 20) + 1], false)];
+    let (_open, answers) = open(&served, first).await.unwrap();
+    let error = rest(answers).await.unwrap_err();
+    assert!(error.message().contains("send it in parts"), "{error}");
+}
