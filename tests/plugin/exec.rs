@@ -223,16 +223,20 @@ async fn exec_task_gives_the_end_of_what_was_said_and_the_code() {
 async fn a_session_that_does_not_read_keeps_no_other_call_waiting() {
     let served = serve().await;
     served.start(task("x")).await.unwrap();
-    let (sender, _answers) = open(&served, vec![setup(ID, "quiet", false)])
-        .await
-        .unwrap();
-    let flood = tokio::spawn(async move {
-        for _ in 0..64 {
-            if sender.send(stdin(&[0; 64 << 10], false)).await.is_err() {
-                return;
+    let mut stuck = Vec::new();
+    for _ in 0..4 {
+        let (sender, answers) = open(&served, vec![setup(ID, "quiet", false)])
+            .await
+            .unwrap();
+        let flood = tokio::spawn(async move {
+            for _ in 0..64 {
+                if sender.send(stdin(&[0; 64 << 10], false)).await.is_err() {
+                    return;
+                }
             }
-        }
-    });
+        });
+        stuck.push((flood, answers));
+    }
     // So that it has sent what the connection takes.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let large = wire::SignalTaskRequest {
@@ -243,8 +247,8 @@ async fn a_session_that_does_not_read_keeps_no_other_call_waiting() {
         tokio::time::timeout(Duration::from_secs(10), served.driver("SignalTask", large))
             .await
             .expect("it is kept waiting");
-    let _ = answer;
-    flood.abort();
+    answer.unwrap();
+    stuck.iter().for_each(|(flood, _)| flood.abort());
 }
 
 #[tokio::test]
