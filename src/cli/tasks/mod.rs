@@ -10,8 +10,9 @@ use std::time::Duration;
 use clap::Args;
 use thiserror::Error;
 
-use super::terminal::{Stops, colours, say};
+use super::terminal::{MAX_SENTENCE_BYTES, Stops, colours, say};
 use crate::systemd::Systemd;
+use crate::text::one_line;
 use survey::Survey;
 pub use survey::Task;
 pub use table::COLUMNS;
@@ -119,8 +120,9 @@ fn notes(survey: &Survey) -> impl Iterator<Item = &str> {
 fn redraw(survey: &Survey) -> io::Result<()> {
     let table = table::table(&survey.tasks, colours());
     let mut frame = String::from("\x1b[H");
-    for line in table.lines().chain(notes(survey)) {
-        frame.push_str(line);
+    let notes = notes(survey).map(|note| one_line(note, MAX_SENTENCE_BYTES));
+    for line in table.lines().map(str::to_owned).chain(notes) {
+        frame.push_str(&line);
         frame.push_str("\x1b[K\n");
     }
     frame.push_str("\x1b[J");
