@@ -407,4 +407,14 @@ mod tests {
             assert_eq!(step.number(), index + 1);
         }
     }
+
+    #[test]
+    fn a_name_that_no_file_can_have_is_looked_for_nowhere() {
+        let env = [("PATH".to_owned(), "/a::/b".to_owned())];
+        assert_eq!(candidates("x", &env), ["/a/x", "/b/x"]);
+        assert_eq!(candidates(&"x".repeat(255), &env).len(), 2);
+        assert!(candidates(&"x".repeat(256), &env).is_empty());
+        let path = format!("/{}", "x".repeat(256));
+        assert_eq!(candidates(&path, &env), std::slice::from_ref(&path));
+    }
 }

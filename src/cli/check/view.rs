@@ -382,3 +382,27 @@ fn names_a_variable(text: &str) -> bool {
     let mut names = text.split("${").skip(1);
     names.any(|rest| !rest.trim_start().starts_with("NOMAD_"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_names_a_variable_of_nomads_own_is_shown_with_its_value() {
+        for text in [
+            "plain",
+            "${NOMAD_TASK_DIR}/x",
+            "$HOME",
+            "${ NOMAD_PORT_http }",
+        ] {
+            assert!(!names_a_variable(text), "{text}");
+        }
+        for text in [
+            "--t=${TOKEN}",
+            "${NOMAD_TASK_DIR} ${env[\"TOKEN\"]}",
+            "${DB_PASSWORD}",
+        ] {
+            assert!(names_a_variable(text), "{text}");
+        }
+    }
+}

@@ -383,3 +383,17 @@ pub(super) fn end_sessions(task: &Task) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_is_no_longer_than_a_path() {
+        let longest = "x".repeat(MAX_COMMAND_BYTES);
+        assert!(order(vec![longest.clone()], Streams::Pipes).is_ok());
+        let error = order(vec![longest + "x"], Streams::Pipes).err();
+        let sentence = error.map(|error| error.to_string()).unwrap_or_default();
+        assert!(sentence.contains("4096 bytes"), "{sentence}");
+    }
+}
