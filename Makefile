@@ -19,13 +19,13 @@ test: host packages ## every test: units and protocol here, the rest in Debian 1
 	exit $$status
 
 # Of each target.
-FUZZ_SECONDS ?= 20
+FUZZ_SECONDS ?= 30
 .PHONY: fuzz
 fuzz: ## every parser with inputs near to real ones: make fuzz FUZZ_SECONDS=600
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(TEST) --test fuzz
 
 .PHONY: test-matrix
-test-matrix: host ## the guest tests on every Debian release we follow, sid too, and with every agent in NOMAD=a:b:c
+test-matrix: host ## every guest test in every guest, Debian sid too, and with every agent in NOMAD=a:b:c
 	$(TEST) --test guests -- --matrix
 
 ROUNDS ?= 10

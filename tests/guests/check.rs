@@ -27,7 +27,7 @@ pub const CASES: &[Case] = &[
         Ours,
         the_agent_that_runs_tells_where_its_configuration_is
     ),
-    case!(Both, Ours, a_host_is_told_fit_or_what_it_lacks),
+    case!(Everywhere, Ours, a_host_is_told_fit_or_what_it_lacks),
     case!(Speed, Ours, each_lack_of_a_host_is_told_with_its_remedy),
     case!(Speed, Ours, the_plugin_directory_is_judged_file_by_file),
     case!(

@@ -13,7 +13,7 @@ use crate::case;
 use crate::nomad::{Job, Scope, agent, agent_with, said, status, until};
 
 pub const CASES: &[Case] = &[
-    case!(Limits, Ours, a_reserved_cpu_is_its_tasks_alone),
+    case!(Kernel, Ours, a_reserved_cpu_is_its_tasks_alone),
     case!(
         Limits,
         Ours,

@@ -45,7 +45,7 @@ pub const CASES: &[Case] = &[
         Ours,
         a_task_reads_its_own_limits_where_runtimes_look
     ),
-    case!(Limits, Ours, limits_stand_after_a_daemon_reload),
+    case!(Kernel, Ours, limits_stand_after_a_daemon_reload),
     case!(
         Limits,
         Ours,

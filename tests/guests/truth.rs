@@ -19,7 +19,7 @@ pub const CASES: &[Case] = &[
         an_oom_kill_is_told_with_process_limit_and_peak
     ),
     case!(Limits, Ours, a_task_that_has_ended_is_watched_no_more),
-    case!(Limits, Ours, an_oom_kill_of_a_child_is_told_at_once),
+    case!(Kernel, Ours, an_oom_kill_of_a_child_is_told_at_once),
     case!(
         Limits,
         Ours,

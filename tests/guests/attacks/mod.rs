@@ -21,7 +21,7 @@ use stage::{GROUND, Stage, Victim, prelude};
 use table::{Attempt, Control, THREATS, Verdict, Who};
 
 pub const CASES: &[Case] = &[
-    case!(Both, Ours, a_hostile_task_succeeds_in_nothing, Long),
+    case!(Everywhere, Ours, a_hostile_task_succeeds_in_nothing, Long),
     case!(
         Speed,
         Ours,

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use super::payload::PACKAGES;
+use super::release::RELEASES;
 use super::{GuestName, Kind, PAYLOAD_DIR};
 
 /// Where a case has something to see.
@@ -18,22 +19,40 @@ pub enum Needs {
     Speed,
     /// Memory, cpu and io controllers, OOM kills, a reboot: machines.
     Limits,
+    /// Likewise, and differs with the release's kernel or systemd.
+    Kernel,
     /// Real programs, at native speed: containers of the release that has them.
     Programs,
     /// Real programs that look at their limits: machines of that release.
     ProgramLimits,
-    /// Differs between the two, or is too important to see only once.
+    /// A real systemd; machines show little more than containers, and are asked with full reach only.
     Both,
+    /// Differs between the two and with the release's kernel, which no container has of its own, or is too important to see
+    /// only once.
+    Everywhere,
+}
+
+/// How many machines a case of limits is run in. Emulated, each takes ten times a host's time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// That of the default release; those of the others for what differs with their kernels.
+    Usual,
+    /// Every one.
+    Full,
 }
 
 impl Needs {
-    pub fn met_by(self, guest: GuestName) -> bool {
+    pub fn met_by(self, guest: GuestName, reach: Reach) -> bool {
+        let container = guest.kind == Kind::Nspawn;
+        let full = reach == Reach::Full;
         match self {
-            Needs::Speed => guest.kind == Kind::Nspawn,
-            Needs::Programs => guest.kind == Kind::Nspawn && guest.release.has_programs(),
-            Needs::ProgramLimits => guest.kind == Kind::Qemu && guest.release.has_programs(),
-            Needs::Limits => guest.kind == Kind::Qemu,
-            Needs::Both => true,
+            Needs::Speed => container,
+            Needs::Programs => container && guest.release.has_programs(),
+            Needs::ProgramLimits => !container && guest.release.has_programs(),
+            Needs::Limits => !container && (full || guest.release == &RELEASES[0]),
+            Needs::Kernel => !container,
+            Needs::Both => container || full,
+            Needs::Everywhere => true,
         }
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::case::{AT_AGENT, Case, Effort, Part, Subject, payload_name};
+use super::case::{AT_AGENT, Case, Effort, Part, Reach, Subject, payload_name};
 use super::inside::{self, Report};
 use super::qemu::PANIC;
 use super::report::Tally;
@@ -119,6 +119,13 @@ impl Selection {
             .collect()
     }
 
+    fn reach(&self) -> Reach {
+        match self.matrix || !self.guests.is_empty() {
+            true => Reach::Full,
+            false => Reach::Usual,
+        }
+    }
+
     /// The matrix has every agent that is named; other runs have the first.
     fn agents(&self, mut all: Vec<RealAgent>) -> Vec<RealAgent> {
         if !self.matrix {
@@ -148,7 +155,7 @@ impl Selection {
         let for_guest = |guest: GuestName| -> Vec<String> {
             cases
                 .iter()
-                .filter(|case| case.needs.met_by(guest))
+                .filter(|case| case.needs.met_by(guest, self.reach()))
                 .flat_map(runs)
                 .filter(wanted)
                 .collect()
@@ -501,6 +508,14 @@ mod tests {
             run: |_| Ok(()),
             after_reboot: None,
         },
+        Case {
+            name: "c::kernel",
+            needs: Needs::Kernel,
+            subject: Subject::Ours,
+            length: Length::Short,
+            run: |_| Ok(()),
+            after_reboot: None,
+        },
     ];
 
     fn agent(version: &str) -> RealAgent {
@@ -524,10 +539,22 @@ mod tests {
         let expected = [
             "trixie-nspawn: a::fast",
             "bookworm-nspawn: a::fast",
-            "trixie-qemu: a::limited",
-            "bookworm-qemu: a::limited",
+            "trixie-qemu: a::limited c::kernel",
+            "bookworm-qemu: c::kernel",
         ];
         assert_eq!(plan(&[], &[]), expected);
+        assert_eq!(
+            plan(&["--guest", "bookworm-qemu"], &[]),
+            ["bookworm-qemu: a::limited c::kernel"]
+        );
+        let matrix = plan(&["--matrix"], &[]);
+        let machines: Vec<_> = matrix.iter().filter(|line| line.contains("qemu")).collect();
+        assert_eq!(machines.len(), 3);
+        assert!(
+            machines
+                .iter()
+                .all(|line| line.ends_with(": a::limited c::kernel"))
+        );
     }
 
     #[test]
