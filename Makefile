@@ -54,9 +54,9 @@ SIZE ?= full
 .PHONY: bench
 bench: host ## measure starts and tasks, and write BENCHMARKS.md: make bench GUESTS=trixie-nspawn SIZE=quick EXEC2=/path
 	$(CARGO) build --release --locked --package nomad-driver-exec2 --bin nomad-driver-exec2
-	$(CARGO) build --release --locked --package harness --bin harness
-	$(CARGO) run --release --quiet --locked --package harness --bin harness -- bench run $(SIZE) $(GUESTS)
-	$(CARGO) run --release --quiet --locked --package harness --bin harness -- bench report
+	$(CARGO) build --profile client --locked --package harness --bin harness
+	target/client/harness bench run $(SIZE) target/release/nomad-driver-exec2 $(GUESTS)
+	target/client/harness bench report
 
 GUEST ?= trixie-qemu
 .PHONY: demo

@@ -17,8 +17,8 @@ const USAGE: &str = "usage:
   harness script GUEST SCRIPT   run a script inside and show what it prints
   harness hack GUEST            a shell inside; port 4646 of the guest becomes one of this host
   harness pages                 write manual pages and shell completions into packaging/
-  harness bench run SIZE GUEST...
-                                measures the driver beside this program and, if EXEC2= names one, HashiCorp's; keeps the
+  harness bench run SIZE DRIVER GUEST...
+                                measures this executable of the driver and, if EXEC2= names one, HashiCorp's; keeps the
                                 samples in benchmarks/
   harness bench report          makes BENCHMARKS.md and the charts of what benchmarks/ has
 SIZE is smoke, quick or full.
@@ -71,7 +71,9 @@ fn main() -> ExitCode {
         ["play", driver, nomad] => play(Path::new(driver), Some(Path::new(nomad))),
         ["hack", name] => hack(name),
         ["pages"] => write_pages(),
-        ["bench", "run", size, guests @ ..] if !guests.is_empty() => bench(size, guests),
+        ["bench", "run", size, driver, guests @ ..] if !guests.is_empty() => {
+            bench(size, Path::new(driver), guests)
+        }
         ["bench", "report"] => report::write(Path::new(".")),
         // What `bench run` runs inside a guest.
         ["bench", "inside", size] => bench_inside(size, None),
@@ -116,13 +118,13 @@ fn play(driver: &Path, nomad: Option<&Path>) -> Result<()> {
     runtime.block_on(harness::demo::play(driver, nomad))
 }
 
-fn bench(size: &str, guests: &[&str]) -> Result<()> {
+fn bench(size: &str, driver: &Path, guests: &[&str]) -> Result<()> {
     let exec2 = std::env::var_os("EXEC2").filter(|path| !path.is_empty());
     let guests = guests.iter().map(|name| name.parse());
     bench::run(&Request {
         guests: guests.collect::<Result<_>>()?,
         asked: size.parse()?,
-        driver: driver()?,
+        driver: driver.to_owned(),
         exec2: exec2.map(PathBuf::from),
         into: PathBuf::from("benchmarks"),
     })

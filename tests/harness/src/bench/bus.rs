@@ -34,23 +34,21 @@ trait Manager {
     ) -> zbus::Result<()>;
 }
 
-/// One connection, and its one match on finished jobs.
+/// One connection.
 #[derive(Debug)]
 pub struct Bus {
     manager: ManagerProxy<'static>,
-    jobs: JobRemovedStream,
 }
 
 impl Bus {
     pub async fn connect() -> Result<Bus> {
         let connection = Connection::system().await?;
         let manager = ManagerProxy::new(&connection).await?;
-        let jobs = manager.receive_job_removed().await?;
-        Ok(Bus { manager, jobs })
+        Ok(Bus { manager })
     }
 
     /// Puts a process into a scope of its own with limits as a task's, and says how long systemd took until it was done.
-    pub async fn scope(&mut self, unit: &str, pid: u32) -> Result<Duration> {
+    pub async fn scope(&self, unit: &str, pid: u32) -> Result<Duration> {
         let properties = [
             ("Description", Variant::from("benchmark")),
             ("Delegate", Variant::from(true)),
@@ -62,13 +60,15 @@ impl Bus {
             ("TasksMax", Variant::from(u64::MAX)),
             ("PIDs", Variant::from(vec![pid])),
         ];
+        // A stream that nobody reads, while others start tasks, fills up, and then stops the whole connection.
+        let mut jobs = self.manager.receive_job_removed().await?;
         let begun = Instant::now();
         let asked = self
             .manager
             .start_transient_unit(unit, "fail", &properties, &[]);
         let job = asked.await.with_context(|| unit.to_owned())?;
         timeout(PATIENCE, async {
-            while let Some(removed) = self.jobs.next().await {
+            while let Some(removed) = jobs.next().await {
                 let removed = removed.args()?;
                 if removed.job == job {
                     ensure!(removed.result == "done", "{unit}: {}", removed.result);

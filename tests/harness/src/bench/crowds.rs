@@ -224,7 +224,7 @@ async fn percent_of_a_cpu(ours: &Subject, sec: u64) -> Result<Cpu> {
 /// Many starts at once; then a new plugin that is told of all of them, one after the other as Nomad does.
 pub async fn burst(
     ours: &mut Subject,
-    bus: &mut Bus,
+    bus: &Bus,
     size: &Size,
     listener: &mut impl Listener,
 ) -> Result<()> {

@@ -63,12 +63,12 @@ pub async fn measure(
 ) -> Result<()> {
     install_stamp()?;
     let controllers = Controllers::here()?;
-    let mut bus = Bus::connect().await?;
-    let mut subjects = vec![Subject::start(Who::Ours, &candidates.ours, &mut bus).await?];
+    let bus = Bus::connect().await?;
+    let mut subjects = vec![Subject::start(Who::Ours, &candidates.ours, &bus).await?];
     if let Some(exec2) = &candidates.exec2 {
-        subjects.push(Subject::start(Who::Exec2, exec2, &mut bus).await?);
+        subjects.push(Subject::start(Who::Exec2, exec2, &bus).await?);
     }
-    turns(&subjects, &mut bus, size, listener).await?;
+    turns(&subjects, &bus, size, listener).await?;
     if controllers == Controllers::All {
         limited(&subjects, size, listener).await?;
     }
@@ -76,18 +76,18 @@ pub async fn measure(
     for subject in subjects {
         subject.agent.finish().await?;
     }
-    let mut ours = Subject::start(Who::Ours, &candidates.ours, &mut bus).await?;
+    let mut ours = Subject::start(Who::Ours, &candidates.ours, &bus).await?;
     crowds::grow(&mut ours, size, listener).await?;
-    crowds::burst(&mut ours, &mut bus, size, listener).await?;
+    crowds::burst(&mut ours, &bus, size, listener).await?;
     ours.agent.finish().await?;
-    let ours = Subject::start(Who::Ours, &candidates.ours, &mut bus).await?;
+    let ours = Subject::start(Who::Ours, &candidates.ours, &bus).await?;
     crowds::cycle(&ours, size, listener).await?;
     ours.agent.finish().await
 }
 
 async fn turns(
     subjects: &[Subject],
-    bus: &mut Bus,
+    bus: &Bus,
     size: &Size,
     listener: &mut impl Listener,
 ) -> Result<()> {

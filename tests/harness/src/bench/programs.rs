@@ -92,7 +92,7 @@ pub fn cpu_of_exec() -> Result<f64> {
 }
 
 /// Milliseconds that systemd takes to put a waiting process into a scope.
-pub async fn round_trip(bus: &mut Bus) -> Result<f64> {
+pub async fn round_trip(bus: &Bus) -> Result<f64> {
     let mut child = spawn(&mut Command::new(STAMP))?;
     moment(&mut child)?;
     let unit = format!("bench-{}-{}.scope", std::process::id(), child.id());

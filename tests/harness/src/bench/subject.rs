@@ -71,7 +71,7 @@ impl Cpu {
 }
 
 impl Subject {
-    pub async fn start(who: Who, driver: &Path, bus: &mut Bus) -> Result<Subject> {
+    pub async fn start(who: Who, driver: &Path, bus: &Bus) -> Result<Subject> {
         let config = Config {
             core_mhz: CORE_MHZ,
             ..Config::default()
@@ -92,7 +92,7 @@ impl Subject {
     }
 
     /// What the plugin forks is counted with it until it is moved elsewhere.
-    async fn watch(&mut self, bus: &mut Bus) -> Result<()> {
+    async fn watch(&mut self, bus: &Bus) -> Result<()> {
         self.launches += 1;
         self.plugin = self.agent.plugin_pid().await.context("no plugin")?;
         let unit = format!(
@@ -107,7 +107,7 @@ impl Subject {
     }
 
     /// A new instance that knows nothing of the tasks.
-    pub async fn kill_plugin(&mut self, bus: &mut Bus) -> Result<()> {
+    pub async fn kill_plugin(&mut self, bus: &Bus) -> Result<()> {
         self.agent.kill_plugin().await?;
         self.calls = Calls::of(&self.agent)?.with_patience(PATIENCE);
         self.watch(bus).await
