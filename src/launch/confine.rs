@@ -1,5 +1,5 @@
-//! The unveil rules as a Landlock ruleset. Paths are opened with the rights of the calling process, in the final view, once,
-//! and each rule is made for what was opened.
+//! The unveil rules as a Landlock ruleset. Paths are opened with the task's rights, in the final view, and each rule is made for
+//! what was opened: by the helper, which costs the task nothing, and by the task's process where only that can.
 
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -10,7 +10,7 @@ use landlock::{
     ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset,
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
-use rustix::fs::{FileType, OFlags, fstat, stat};
+use rustix::fs::{FileType, OFlags, Stat, fstat, stat};
 use rustix::io::Errno;
 
 use super::place::TaskRoot;
@@ -25,6 +25,9 @@ const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
     MakeReg | MakeDir | MakeSym | MakeFifo | MakeSock | RemoveFile | RemoveDir | Refer
 });
 
+const PROC: &str = "/proc";
+const CGROUP: &str = "/sys/fs/cgroup";
+
 const OF_THE_OPERATOR: &str = "an entry of the operator's unveil_paths";
 
 /// A ruleset, and the descriptors without which some of its rules would be lost.
@@ -32,50 +35,84 @@ const OF_THE_OPERATOR: &str = "an entry of the operator's unveil_paths";
 pub(super) struct Rules {
     ruleset: RulesetCreated,
     held: Vec<OwnedFd>,
+    /// What the operator opened so far, it is open so far, by whatever other name a job calls it.
+    operators: BTreeSet<(u64, u64)>,
+    /// Of the order's rules those that the helper left to the task's process, by their index.
+    left: Vec<usize>,
 }
 
 impl Rules {
-    /// Opens the rules of an order. `pipes` are the task's log pipes, which it may reopen whatever else is unveiled.
+    /// Opens the rules of an order that mean the same to the helper as to the task. Below /proc lies what is the process' own,
+    /// and over /sys/fs/cgroup the scope's own is laid later; what cannot be opened, the task's process judges. `pipes` are the
+    /// task's log pipes, which it may reopen whatever else is unveiled.
     pub fn open<'a>(
         order: &Order,
         root: &TaskRoot,
         pipes: impl Iterator<Item = &'a OwnedFd>,
     ) -> Result<Rules, Failure> {
-        let mut ruleset = empty_ruleset(order).map_err(|error| refused(Step::Rules, &error))?;
-        let mut held = Vec::new();
-        let mut operators = BTreeSet::new();
-        let proc = stat("/proc").at_path(Step::Rules, "/proc")?.st_dev;
-        for rule in &order.rules {
-            let Some(object) = open(rule, root, order.uid)? else {
-                continue;
-            };
-            let status = fstat(&object).at_path(Step::Rules, &rule.written)?;
-            // What the operator opened so far, it is open so far, by whatever other name a job calls it.
-            let inode = (status.st_dev, status.st_ino);
-            match rule.source {
-                Source::Plugin => {
-                    operators.insert(inode);
+        let mut rules = Rules {
+            ruleset: empty_ruleset(order).map_err(|error| refused(Step::Rules, &error))?,
+            held: Vec::new(),
+            operators: BTreeSet::new(),
+            left: Vec::new(),
+        };
+        let own: Vec<u64> = [PROC, CGROUP]
+            .iter()
+            .filter_map(|mount| Some(stat(*mount).ok()?.st_dev))
+            .collect();
+        for (index, rule) in order.rules.iter().enumerate() {
+            match root.open_without_magic(&rule.place) {
+                Ok(object) => {
+                    let status = fstat(&object).at_path(Step::Rules, &rule.written)?;
+                    if own.contains(&status.st_dev) {
+                        rules.left.push(index);
+                    } else {
+                        rules.grant(rule, &object, &status)?;
+                    }
                 }
-                Source::Task if operators.contains(&inode) => continue,
-                _ => {}
-            }
-            add(
-                &mut ruleset,
-                rule,
-                &object,
-                FileType::from_raw_mode(status.st_mode),
-            )?;
-            // The kernel makes a new inode for an entry of /proc when it has forgotten the one that the rule is for.
-            if status.st_dev == proc {
-                held.push(object);
+                Err(Errno::NOENT) if is_skipped(rule) => {}
+                Err(_) => rules.left.push(index),
             }
         }
         for pipe in pipes {
-            (&mut ruleset)
+            (&mut rules.ruleset)
                 .add_rule(PathBeneath::new(pipe, WRITE))
                 .map_err(|error| refused(Step::Rules, &error))?;
         }
-        Ok(Rules { ruleset, held })
+        Ok(rules)
+    }
+
+    /// Opens the others, as the task's process.
+    pub fn open_own(&mut self, order: &Order, root: &TaskRoot) -> Result<(), Failure> {
+        let proc = stat(PROC).at_path(Step::OwnRules, PROC)?.st_dev;
+        for rule in std::mem::take(&mut self.left)
+            .into_iter()
+            .filter_map(|index| order.rules.get(index))
+        {
+            let Some(object) = open(rule, root, order.uid)? else {
+                continue;
+            };
+            let status = fstat(&object).at_path(Step::OwnRules, &rule.written)?;
+            self.grant(rule, &object, &status)?;
+            // The kernel makes a new inode for an entry of /proc when it has forgotten the one that the rule is for.
+            if status.st_dev == proc {
+                self.held.push(object);
+            }
+        }
+        Ok(())
+    }
+
+    fn grant(&mut self, rule: &Rule, object: &OwnedFd, status: &Stat) -> Result<(), Failure> {
+        let inode = (status.st_dev, status.st_ino);
+        match rule.source {
+            Source::Plugin => {
+                self.operators.insert(inode);
+            }
+            Source::Task if self.operators.contains(&inode) => return Ok(()),
+            _ => {}
+        }
+        let kind = FileType::from_raw_mode(status.st_mode);
+        add(&mut self.ruleset, rule, object, kind)
     }
 
     /// What the supervisor keeps for the task: the ruleset, for others to join it, and the rules that would be lost.
@@ -114,6 +151,12 @@ fn empty_ruleset(order: &Order) -> Result<RulesetCreated, landlock::RulesetError
         ruleset = ruleset.scope(Scope::AbstractUnixSocket)?;
     }
     ruleset.create()
+}
+
+/// Whether it counts for nothing, now and later, that its path is not there.
+fn is_skipped(rule: &Rule) -> bool {
+    let path = rule.place.as_path();
+    rule.source == Source::Default && !path.starts_with(PROC) && !path.starts_with(CGROUP)
 }
 
 /// What a rule is for, or nothing if it is a default whose path is not there for this user.

@@ -32,6 +32,7 @@ use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
 use crate::record;
 use crate::sys::{self, Fork, SharedPage};
+use confine::Rules;
 use place::TaskRoot;
 use report::{At, Failure, Word};
 pub use spawn::{Parked, SUBCOMMAND, spawn};
@@ -103,10 +104,14 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     namespaces::cut_propagation()?;
     breakpoint::at(Step::View);
     let root = mounts::build(&order, volumes)?;
+    let stdio = stdio::in_view(outputs)?;
+    breakpoint::at(Step::Rules);
+    let rules = privileges::as_task(&order, || Rules::open(&order, &root, stdio.fifos()))?;
     let prepared = Prepared {
         root,
         host_proc,
-        stdio: stdio::in_view(outputs)?,
+        stdio,
+        rules,
         command: exec::Command::new(&order.command, &order.args, &order.env, order.uid)?,
         order,
         kept,
@@ -139,7 +144,7 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
         }
         Ok((_, supervisor, task, Fork::Child)) => {
             drop((control, supervisor));
-            let Err(failure) = task::become_task(&prepared, &task);
+            let Err(failure) = task::become_task(prepared, &task);
             give_up(&task, &failure)
         }
         Ok((memory, supervisor, task, Fork::Parent { child })) => {
@@ -148,11 +153,12 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
                 order,
                 root,
                 stdio,
+                rules,
                 command,
                 kept,
             } = prepared;
             // What is not dropped here stays open, and in memory, for as long as the task runs.
-            drop((task, order, root, command));
+            drop((task, order, root, rules, command));
             let watch = Watch {
                 child,
                 channel: supervisor,

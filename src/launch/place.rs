@@ -63,6 +63,14 @@ impl TaskRoot {
             Place::Host(path) => open_host(path, flags),
         }
     }
+
+    /// Likewise, and no link of /proc is followed either: it leads to what is the calling process' own.
+    pub fn open_without_magic(&self, place: &Place) -> Result<OwnedFd, Errno> {
+        match place {
+            Place::Task(_) => self.open_place(place, OFlags::empty()),
+            Place::Host(path) => open_beneath(CWD, path, OFlags::empty(), ResolveFlags::empty()),
+        }
+    }
 }
 
 fn non_empty(path: &Path) -> &Path {

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
+use rustix::process::{DumpableBehavior, getgid, set_dumpable_behavior};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, capabilities, clear_ambient_capability_set,
     configure_capability_in_ambient_set, remove_capability_from_bounding_set, set_capabilities,
@@ -12,7 +13,7 @@ use rustix::thread::{
 };
 
 use super::report::{At, Failure};
-use crate::plan::steps::Step;
+use crate::plan::steps::{Order, Step};
 use crate::sys;
 
 /// `proc` is a /proc that may be written to.
@@ -48,6 +49,32 @@ pub(super) fn set_groups(groups: [u32; 3]) -> Result<(), Failure> {
     let [real, effective, saved] = groups.map(Gid::from_raw);
     set_thread_groups(&[]).at(Step::Groups)?;
     set_thread_res_gid(real, effective, saved).at(Step::Groups)
+}
+
+/// Opens files with the rights that the task will have, and takes the helper's own back. Its real user stays root, so that no process
+/// of that user may signal it.
+pub(super) fn as_task<T>(
+    order: &Order,
+    open: impl FnOnce() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let (root, group) = (Uid::ROOT, getgid());
+    let own = capabilities(None).at(Step::Rules)?;
+    set_thread_groups(&[]).at(Step::Rules)?;
+    set_thread_res_gid(group, Gid::from_raw(order.gid), group).at(Step::Rules)?;
+    if order.uid == 0 {
+        let effective = own.permitted & CapabilitySet::from_bits_retain(order.bounding);
+        set_capabilities(None, CapabilitySets { effective, ..own }).at(Step::Rules)?;
+    } else {
+        // The kernel empties the effective capabilities with it.
+        set_thread_res_uid(root, Uid::from_raw(order.uid), root).at(Step::Rules)?;
+    }
+    let opened = open();
+    set_thread_res_uid(root, root, root).at(Step::Rules)?;
+    set_capabilities(None, own).at(Step::Rules)?;
+    set_thread_res_gid(group, group, group).at(Step::Rules)?;
+    // Another user made it as dumpable as fs.suid_dumpable says.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Rules)?;
+    opened
 }
 
 /// Takes `uid`, keeping permitted capabilities for `keep_only` to choose from.

@@ -23,27 +23,29 @@ pub(super) struct Prepared {
     pub root: TaskRoot,
     pub host_proc: OwnedFd,
     pub stdio: Standard,
+    pub rules: Rules,
     pub command: Command,
     /// The order's own bytes.
     pub kept: OwnedFd,
 }
 
 /// Becomes the task. `channel` leads to the supervisor and closes at exec.
-pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infallible, Failure> {
+pub(super) fn become_task(prepared: Prepared, channel: &OwnedFd) -> Result<Infallible, Failure> {
     let Prepared {
         order,
         root,
         host_proc,
         stdio,
+        mut rules,
         command,
-        ..
+        kept: _kept,
     } = prepared;
     breakpoint::at(Step::Session);
     setsid().at(Step::Session)?;
     stdio.install()?;
     breakpoint::at(Step::OomScore);
     // Before the user changes: after that, /proc/self belongs to root until exec.
-    privileges::set_oom_score_adj(host_proc, order.oom_score_adj)
+    privileges::set_oom_score_adj(&host_proc, order.oom_score_adj)
         .at_path(Step::OomScore, order.oom_score_adj.to_string())?;
     breakpoint::at(Step::Bounding);
     privileges::cut_bounding(order.bounding)?;
@@ -56,9 +58,9 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
     breakpoint::at(Step::Ambient);
     privileges::keep_only(order.uid, order.bounding, order.ambient)?;
     breakpoint::at(Step::WorkDir);
-    enter_work_dir(&order.work_dir, root)?;
-    breakpoint::at(Step::Rules);
-    let rules = Rules::open(order, root, stdio.fifos())?;
+    enter_work_dir(&order.work_dir, &root)?;
+    breakpoint::at(Step::OwnRules);
+    rules.open_own(&order, &root)?;
     rules.hold(|descriptors| report::hold(channel, descriptors))?;
     breakpoint::at(Step::Restrict);
     rules.restrict()?;

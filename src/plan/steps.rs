@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// The steps of a task's start, in the order in which they happen. Steps 1 to 3 and the last are the plugin's; 4 to 9 are the
-/// helper's while it is still charged to the plugin; from 10 on it is inside the scope; from 13 on it is the task.
+/// The steps of a task's start, in the order in which they happen. Steps 1 to 3 and the last are the plugin's; 4 to 10 are the
+/// helper's while it is still charged to the plugin; from 11 on it is inside the scope; from 14 on it is the task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
     Plan,
@@ -18,6 +18,7 @@ pub enum Step {
     Unshare,
     Propagation,
     View,
+    Rules,
     Release,
     Cgroup,
     Journal,
@@ -30,7 +31,7 @@ pub enum Step {
     Keyring,
     Ambient,
     WorkDir,
-    Rules,
+    OwnRules,
     Restrict,
     Signals,
     Exec,
@@ -39,7 +40,7 @@ pub enum Step {
 
 impl Step {
     /// Every step with what it does, in order: the list that the README quotes.
-    pub const ALL: [(Step, &'static str); 25] = [
+    pub const ALL: [(Step, &'static str); 26] = [
         (
             Step::Plan,
             "decide everything that will happen, from the job, the plugin's configuration and facts of the host",
@@ -65,6 +66,10 @@ impl Step {
         (
             Step::View,
             "build the mount view: everything read-only but what is unveiled for writing; own /proc, /tmp, /dev/shm; /run masked; volumes, devices and files of its own laid over it",
+        ),
+        (
+            Step::Rules,
+            "open the unveiled paths, with the rights of the task's user, in the final view",
         ),
         (Step::Release, "wait until the scope is there"),
         (
@@ -94,8 +99,8 @@ impl Step {
         ),
         (Step::WorkDir, "enter the working directory"),
         (
-            Step::Rules,
-            "open every unveiled path, as the task's user, in the final view",
+            Step::OwnRules,
+            "open those below /proc and /sys/fs/cgroup, which are the task's own",
         ),
         (
             Step::Restrict,
@@ -140,7 +145,7 @@ impl Step {
             Step::Keyring => "session keyring",
             Step::Ambient => "ambient capabilities",
             Step::WorkDir => "work_dir",
-            Step::Rules => "unveil",
+            Step::Rules | Step::OwnRules => "unveil",
             Step::Restrict => "Landlock",
             Step::Signals => "signals and limits",
             Step::Exec => "command",

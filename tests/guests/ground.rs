@@ -11,7 +11,11 @@ use harness::guest::{Case, Context, Kind};
 use crate::case;
 
 pub const CASES: &[Case] = &[
-    case!(Everywhere, Ours, the_guest_runs_the_systemd_its_release_ships),
+    case!(
+        Everywhere,
+        Ours,
+        the_guest_runs_the_systemd_its_release_ships
+    ),
     case!(Kernel, Ours, the_guest_has_the_controllers_that_limits_need),
     case!(Limits, Ours, a_restored_guest_knows_the_time),
 ];

@@ -11,10 +11,18 @@ use crate::case;
 use crate::nomad::{Job, Scope, agent, printed, proc_file, said, status, until};
 
 pub const CASES: &[Case] = &[
-    case!(Everywhere, Ours, a_task_has_namespaces_and_privileges_of_its_own),
+    case!(
+        Everywhere,
+        Ours,
+        a_task_has_namespaces_and_privileges_of_its_own
+    ),
     case!(Everywhere, Ours, root_changes_nothing_of_the_host),
     case!(Everywhere, Ours, the_managers_of_the_host_are_out_of_reach),
-    case!(Everywhere, Ours, a_task_sees_its_own_processes_and_cgroup_only),
+    case!(
+        Everywhere,
+        Ours,
+        a_task_sees_its_own_processes_and_cgroup_only
+    ),
     case!(Speed, Ours, tasks_do_not_meet_in_tmp),
     case!(Speed, Ours, what_the_host_mounts_later_does_not_arrive),
     case!(Speed, Ours, the_logs_are_closed_at_each_of_their_paths),

@@ -249,6 +249,33 @@ fn a_missing_path_fails_the_start_unless_it_is_a_default() {
 }
 
 #[test]
+fn root_opens_its_paths_with_the_capabilities_it_will_have() {
+    const OVER_MODES: u64 = 1 << 1 | 1 << 2;
+    let ground = |stage: &Stage| {
+        let closed = stage.host("closed");
+        make(&closed, 0o700);
+        let inside = file(&closed.join("inside"), "secret", 0o644);
+        chown(&closed, Some(DYNAMIC), Some(DYNAMIC)).unwrap();
+        let order = stage.script(&format!("cat {}", inside.display()));
+        (order.unveiling("r", &inside).as_root(), inside)
+    };
+    let stage = Stage::new();
+    let (order, _) = ground(&stage);
+    assert_eq!(stage.run(&order).stdout, "secret");
+
+    let stage = Stage::new();
+    let (mut order, inside) = ground(&stage);
+    order.bounding &= !OVER_MODES;
+    assert_eq!(
+        stage.fails(&order),
+        format!(
+            "unveil r:{}: permission denied (uid 0 cannot reach it)",
+            inside.display()
+        )
+    );
+}
+
+#[test]
 fn a_path_that_the_user_cannot_reach_fails_the_start_unless_it_is_a_default() {
     let stage = Stage::new();
     let closed = stage.host("closed");
