@@ -321,6 +321,15 @@ pub fn trim_heap() {
     }
 }
 
+/// Keeps all threads to one heap. Otherwise each that ever allocates has one of its own, which nobody gives back.
+pub fn keep_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt has no preconditions.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// A file's first bytes as shared memory: stores reach the file, whatever becomes of the descriptor, the limits or the disk.
 #[derive(Debug)]
 pub struct SharedPage {

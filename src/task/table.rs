@@ -22,6 +22,7 @@ use crate::config::plugin::PluginConfig;
 use crate::plan::limits::{Compute, Cpus, QuotaGrain};
 use crate::plan::unit::{self, UnitName};
 use crate::record;
+use crate::sys;
 use crate::systemd::Systemd;
 
 /// Everything of ours under /run: root's alone.
@@ -108,6 +109,7 @@ pub(super) struct Ended {
 impl TaskTable {
     /// No task yet, and no configuration. Opens our own image, as it is now.
     pub fn new() -> io::Result<Self> {
+        sys::keep_one_heap();
         let (events, _) = broadcast::channel(256);
         let shared = Shared {
             systemd: Systemd::new(),
@@ -237,6 +239,9 @@ impl TaskTable {
         if let Some(Entry::Running(_)) = table.get(id) {
             table.remove(id);
         }
+        if table.is_empty() {
+            sys::trim_heap();
+        }
     }
 }
 
@@ -312,7 +317,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Sends a signal; a process that has ended needs none.
 pub(super) fn send(pidfd: Option<&OwnedFd>, signal: i32) -> io::Result<()> {
-    match pidfd.map(|pidfd| crate::sys::pidfd_send_signal(pidfd.as_fd(), signal)) {
+    match pidfd.map(|pidfd| sys::pidfd_send_signal(pidfd.as_fd(), signal)) {
         Some(Err(error)) if error.raw_os_error() != Some(libc::ESRCH) => Err(error),
         _ => Ok(()),
     }
