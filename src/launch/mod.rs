@@ -12,6 +12,7 @@ mod namespaces;
 mod place;
 mod privileges;
 pub mod report;
+mod seccomp;
 pub mod session;
 mod spawn;
 mod stdio;

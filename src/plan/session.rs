@@ -20,13 +20,14 @@ pub enum SessionStep {
     TakeUser,
     TakeWorkDir,
     TakeRules,
+    TakeFilter,
     Execute,
     Watch,
 }
 
 impl SessionStep {
     /// Every step with what it does, in order: the list that the README quotes.
-    pub const ALL: [(SessionStep, &'static str); 16] = [
+    pub const ALL: [(SessionStep, &'static str); 17] = [
         (
             SessionStep::Find,
             "make a cgroup `exec-1`, `exec-2`, … below the scope",
@@ -70,6 +71,10 @@ impl SessionStep {
         (
             SessionStep::TakeRules,
             "set no_new_privs and restrict itself with the task's own ruleset",
+        ),
+        (
+            SessionStep::TakeFilter,
+            "install the task's system call filter",
         ),
         (
             SessionStep::Execute,

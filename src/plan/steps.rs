@@ -32,6 +32,7 @@ pub enum Step {
     WorkDir,
     Rules,
     Restrict,
+    Filter,
     Signals,
     Exec,
     Commit,
@@ -39,7 +40,7 @@ pub enum Step {
 
 impl Step {
     /// Every step with what it does, in order: the list that the README quotes.
-    pub const ALL: [(Step, &'static str); 25] = [
+    pub const ALL: [(Step, &'static str); 26] = [
         (
             Step::Plan,
             "decide everything that will happen, from the job, the plugin's configuration and facts of the host",
@@ -102,6 +103,10 @@ impl Step {
             "set no_new_privs and restrict itself with Landlock",
         ),
         (
+            Step::Filter,
+            "install the system call filter: no user namespaces, unless they are allowed; no persistent keyring",
+        ),
+        (
             Step::Signals,
             "reset signal mask, dispositions and resource limits",
         ),
@@ -142,6 +147,7 @@ impl Step {
             Step::WorkDir => "work_dir",
             Step::Rules => "unveil",
             Step::Restrict => "Landlock",
+            Step::Filter => "system call filter",
             Step::Signals => "signals and limits",
             Step::Exec => "command",
             Step::Commit => "commit",
@@ -178,6 +184,7 @@ pub struct Order {
     /// Files of the host that read otherwise in the view.
     pub replaced: Vec<Replaced>,
     pub rules: Vec<Rule>,
+    pub user_namespaces: UserNamespaces,
     /// Soft and hard RLIMIT_NOFILE that the plugin was started with, given back to the task.
     pub open_files: (u64, u64),
 }
@@ -231,6 +238,8 @@ pub struct Identity {
     pub ambient: u64,
     pub task_dir: TaskDir,
     pub open_files: (u64, u64),
+    #[serde(default)]
+    pub user_namespaces: UserNamespaces,
 }
 
 /// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.
@@ -319,6 +328,14 @@ impl fmt::Display for Access {
             .filter(|(on, _)| *on)
             .try_for_each(|(_, letter)| write!(f, "{letter}"))
     }
+}
+
+/// Whether the task may make user namespaces.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UserNamespaces {
+    #[default]
+    Refused,
+    Allowed,
 }
 
 /// What the task sees of the host's mounts (`design`: the whole tree read-only, with exceptions).
