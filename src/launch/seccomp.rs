@@ -80,108 +80,154 @@ const KEYCTL_GET_PERSISTENT: u32 = 22;
 enum Refused {
     All,
     /// Those with any of these bits in an argument. The kernel, too, looks at no more than its lower half.
-    WithBits(u8, u32),
-    WithValue(u8, u32),
+    WithBits(u32, u32),
+    WithValue(u32, u32),
 }
 
 /// Restricts the calling thread, and whatever it will execute, for good. no_new_privs is set.
 pub(super) fn install(user_namespaces: UserNamespaces) -> Result<(), Failure> {
-    sys::install_filter(&program(&HOST, user_namespaces)).map_err(|error| {
+    // Made when the driver is built: a task's start pays for the kernel's part alone.
+    static REFUSED: Program = Program::new(&HOST, UserNamespaces::Refused);
+    static ALLOWED: Program = Program::new(&HOST, UserNamespaces::Allowed);
+    let program = match user_namespaces {
+        UserNamespaces::Refused => &REFUSED,
+        UserNamespaces::Allowed => &ALLOWED,
+    };
+    sys::install_filter(program.instructions()).map_err(|error| {
         Failure::new(Step::Filter, error.raw_os_error().unwrap_or(0))
             .note("is CONFIG_SECCOMP_FILTER in the kernel?")
     })
 }
 
-/// What is refused, and with which error.
-fn rules(of: &Architecture, user_namespaces: UserNamespaces) -> Vec<(u32, Refused, i32)> {
+/// What is refused, and with which error. Where user namespaces are allowed, the first of them alone.
+const fn rules(of: &Architecture) -> [(u32, Refused, i32); 5] {
     const NEWUSER: u32 = libc::CLONE_NEWUSER as u32;
-    // Kerberos takes this error, and no other, for leave to use the user's keyring instead.
-    let mut rules = vec![(
-        of.keyctl,
-        Refused::WithValue(0, KEYCTL_GET_PERSISTENT),
-        libc::EOPNOTSUPP,
-    )];
-    if user_namespaces == UserNamespaces::Refused {
-        rules.extend([
-            (of.clone, Refused::WithBits(0, NEWUSER), libc::EPERM),
-            (of.unshare, Refused::WithBits(0, NEWUSER), libc::EPERM),
-            (of.setns, Refused::WithBits(1, NEWUSER), libc::EPERM),
-            // Its flags are in memory, where a filter cannot look. C libraries go on with clone.
-            (of.clone3, Refused::All, libc::ENOSYS),
-        ]);
-    }
-    rules
+    [
+        // Kerberos takes this error, and no other, for leave to use the user's keyring instead.
+        (
+            of.keyctl,
+            Refused::WithValue(0, KEYCTL_GET_PERSISTENT),
+            libc::EOPNOTSUPP,
+        ),
+        (of.clone, Refused::WithBits(0, NEWUSER), libc::EPERM),
+        (of.unshare, Refused::WithBits(0, NEWUSER), libc::EPERM),
+        (of.setns, Refused::WithBits(1, NEWUSER), libc::EPERM),
+        // Its flags are in memory, where a filter cannot look. C libraries go on with clone.
+        (of.clone3, Refused::All, libc::ENOSYS),
+    ]
 }
 
-fn program(architectures: &[Architecture], user_namespaces: UserNamespaces) -> Vec<sock_filter> {
+#[derive(Debug)]
+struct Program {
+    instructions: [sock_filter; Program::MAX_LENGTH],
+    length: usize,
+}
+
+impl Program {
+    /// More than are needed; a program that outgrows them does not build.
+    const MAX_LENGTH: usize = 64;
+
     // Of struct seccomp_data.
     const NUMBER: u32 = 0;
     const ARCHITECTURE: u32 = 4;
     const ARGUMENTS: u32 = 16;
-    let lower_half = |argument: u8| load(ARGUMENTS + 8 * u32::from(argument));
-    let mut program = vec![load(ARCHITECTURE)];
-    for architecture in architectures {
-        let mut calls = vec![
-            load(NUMBER),
-            instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, !X32, 0, 0),
-        ];
-        for (number, refused, errno) in rules(architecture, user_namespaces) {
-            let refuse = answer(libc::SECCOMP_RET_ERRNO | errno as u32);
-            // A number that was found is not looked for any further: another load has taken its place.
-            let passed = answer(libc::SECCOMP_RET_ALLOW);
-            let judged = match refused {
-                Refused::All => vec![refuse],
-                Refused::WithBits(argument, bits) => vec![
-                    lower_half(argument),
-                    skip_unless(libc::BPF_JSET, bits, 1),
-                    refuse,
-                    passed,
-                ],
-                Refused::WithValue(argument, value) => vec![
-                    lower_half(argument),
-                    skip_unless(libc::BPF_JEQ, value, 1),
-                    refuse,
-                    passed,
-                ],
-            };
-            calls.push(skip_unless(libc::BPF_JEQ, number, judged.len()));
-            calls.extend(judged);
+
+    const fn new(architectures: &[Architecture; 2], user_namespaces: UserNamespaces) -> Program {
+        let nothing = sock_filter {
+            code: 0,
+            jt: 0,
+            jf: 0,
+            k: 0,
+        };
+        let mut program = Program {
+            instructions: [nothing; Program::MAX_LENGTH],
+            length: 0,
+        };
+        program.load(Program::ARCHITECTURE);
+        let mut at = 0;
+        while at < architectures.len() {
+            let others = program.unless(libc::BPF_JEQ, architectures[at].id);
+            program.judge(&architectures[at], user_namespaces);
+            program.lead_here(others);
+            at += 1;
         }
-        calls.push(answer(libc::SECCOMP_RET_ALLOW));
-        program.push(skip_unless(libc::BPF_JEQ, architecture.id, calls.len()));
-        program.extend(calls);
+        // No kernel of today's has a third kind of programs.
+        program.refuse(libc::ENOSYS);
+        program
     }
-    // No kernel of today's has a third kind of programs.
-    program.push(answer(libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32));
-    program
-}
 
-/// A word of struct seccomp_data.
-fn load(offset: u32) -> sock_filter {
-    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0, 0)
-}
+    const fn judge(&mut self, of: &Architecture, user_namespaces: UserNamespaces) {
+        self.load(Program::NUMBER);
+        self.push(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, !X32);
+        let rules = rules(of);
+        let count = match user_namespaces {
+            UserNamespaces::Refused => rules.len(),
+            UserNamespaces::Allowed => 1,
+        };
+        let mut at = 0;
+        while at < count {
+            let (number, refused, errno) = &rules[at];
+            let others = self.unless(libc::BPF_JEQ, *number);
+            match refused {
+                Refused::All => self.refuse(*errno),
+                Refused::WithBits(argument, bits) => {
+                    self.load(Program::ARGUMENTS + 8 * *argument);
+                    let passed = self.unless(libc::BPF_JSET, *bits);
+                    self.refuse(*errno);
+                    self.lead_here(passed);
+                    self.allow();
+                }
+                Refused::WithValue(argument, value) => {
+                    self.load(Program::ARGUMENTS + 8 * *argument);
+                    let passed = self.unless(libc::BPF_JEQ, *value);
+                    self.refuse(*errno);
+                    self.lead_here(passed);
+                    self.allow();
+                }
+            }
+            self.lead_here(others);
+            at += 1;
+        }
+        self.allow();
+    }
 
-/// Goes on if the word that was loaded is as `test` says, or else after `length` more instructions.
-fn skip_unless(test: u32, value: u32, length: usize) -> sock_filter {
-    instruction(
-        libc::BPF_JMP | test | libc::BPF_K,
-        value,
-        0,
-        // Of some twenty instructions at most.
-        length as u8,
-    )
-}
+    fn instructions(&self) -> &[sock_filter] {
+        &self.instructions[..self.length]
+    }
 
-fn answer(what: u32) -> sock_filter {
-    instruction(libc::BPF_RET | libc::BPF_K, what, 0, 0)
-}
+    /// Loads a word of struct seccomp_data.
+    const fn load(&mut self, offset: u32) {
+        self.push(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset);
+    }
 
-fn instruction(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
-    sock_filter {
-        code: code as u16,
-        jt,
-        jf,
-        k,
+    /// Goes on if the word that was loaded is as `test` says, or else to where the result is led.
+    const fn unless(&mut self, test: u32, value: u32) -> usize {
+        self.push(libc::BPF_JMP | test | libc::BPF_K, value);
+        self.length - 1
+    }
+
+    const fn lead_here(&mut self, jump: usize) {
+        // The length of a program fits.
+        self.instructions[jump].jf = (self.length - jump - 1) as u8;
+    }
+
+    const fn allow(&mut self) {
+        self.push(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW);
+    }
+
+    const fn refuse(&mut self, errno: i32) {
+        let answer = libc::SECCOMP_RET_ERRNO | errno as u32;
+        self.push(libc::BPF_RET | libc::BPF_K, answer);
+    }
+
+    const fn push(&mut self, code: u32, k: u32) {
+        self.instructions[self.length] = sock_filter {
+            code: code as u16,
+            jt: 0,
+            jf: 0,
+            k,
+        };
+        self.length += 1;
     }
 }
 
@@ -227,12 +273,11 @@ mod tests {
     fn each_program(of: impl Fn(&Architecture, UserNamespaces, &dyn Fn(u32, [u64; 6]) -> u32)) {
         for kernel in [&X86, &ARM] {
             for user_namespaces in [UserNamespaces::Refused, UserNamespaces::Allowed] {
-                let program = program(kernel, user_namespaces);
-                assert!(program.len() < 80, "{}", program.len());
+                let program = Program::new(kernel, user_namespaces);
                 for architecture in kernel {
                     let id = architecture.id;
                     of(architecture, user_namespaces, &|number, arguments| {
-                        run(&program, number, id, arguments)
+                        run(program.instructions(), number, id, arguments)
                     });
                 }
             }
@@ -302,9 +347,9 @@ mod tests {
 
     #[test]
     fn programs_of_another_machine_are_told_that_there_is_no_such_call() {
-        let program = program(&X86, UserNamespaces::Allowed);
+        let program = Program::new(&X86, UserNamespaces::Allowed);
         for id in [0, ARM[0].id, ARM[1].id, u32::MAX] {
-            assert_eq!(run(&program, 1, id, [0; 6]), ENOSYS);
+            assert_eq!(run(program.instructions(), 1, id, [0; 6]), ENOSYS);
         }
     }
 

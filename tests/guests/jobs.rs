@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context, Kind};
-use harness::nomad::Level;
+use harness::nomad::{Agent, Config, Level};
 
 use crate::case;
 use crate::nomad::{Job, Scope, agent, printed, proc_file, to_end, until};
