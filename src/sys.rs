@@ -416,7 +416,8 @@ pub fn landlock_abi() -> Option<u32> {
     u32::try_from(abi).ok().filter(|abi| *abi > 0)
 }
 
-/// Makes a BPF program the system call filter of the calling thread, and of whatever it will execute. Needs no_new_privs.
+/// Makes a BPF program the system call filter of the calling thread, and of whatever it will execute. Needs no_new_privs or
+/// CAP_SYS_ADMIN.
 pub fn install_filter(program: &[libc::sock_filter]) -> io::Result<()> {
     let program = libc::sock_fprog {
         len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,

@@ -104,6 +104,9 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     namespaces::cut_propagation()?;
     breakpoint::at(Step::View);
     let root = mounts::build(&order, volumes)?;
+    breakpoint::at(Step::Filter);
+    // Of the supervisor as well, which needs none of what it refuses: the kernel's work for it would be the task's later on.
+    seccomp::install(order.user_namespaces)?;
     let prepared = Prepared {
         root,
         host_proc,

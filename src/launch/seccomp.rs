@@ -84,7 +84,7 @@ enum Refused {
     WithValue(u32, u32),
 }
 
-/// Restricts the calling thread, and whatever it will execute, for good. no_new_privs is set.
+/// Restricts the calling thread, and whatever it will begin or execute, for good.
 pub(super) fn install(user_namespaces: UserNamespaces) -> Result<(), Failure> {
     // Made when the driver is built: a task's start pays for the kernel's part alone.
     static REFUSED: Program = Program::new(&HOST, UserNamespaces::Refused);

@@ -9,9 +9,9 @@ use rustix::process::{Resource, Rlimit, fchdir, setrlimit, setsid};
 use super::confine::Rules;
 use super::exec::Command;
 use super::place::TaskRoot;
+use super::privileges;
 use super::report::{self, At, Failure};
 use super::stdio::Standard;
-use super::{privileges, seccomp};
 use crate::breakpoint;
 use crate::plan::steps::{Order, Place, Step};
 use crate::sys;
@@ -62,8 +62,6 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
     rules.hold(|descriptors| report::hold(channel, descriptors))?;
     breakpoint::at(Step::Restrict);
     rules.restrict()?;
-    breakpoint::at(Step::Filter);
-    seccomp::install(order.user_namespaces)?;
     breakpoint::at(Step::Signals);
     // Signals were reset when the helper began, where it cost the task nothing; no code since has changed them.
     set_limits(order.open_files)?;

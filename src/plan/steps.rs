@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// The steps of a task's start, in the order in which they happen. Steps 1 to 3 and the last are the plugin's; 4 to 9 are the
-/// helper's while it is still charged to the plugin; from 10 on it is inside the scope; from 13 on it is the task.
+/// The steps of a task's start, in the order in which they happen. Steps 1 to 3 and the last are the plugin's; 4 to 10 are the
+/// helper's while it is still charged to the plugin; from 11 on it is inside the scope; from 14 on it is the task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
     Plan,
@@ -18,6 +18,7 @@ pub enum Step {
     Unshare,
     Propagation,
     View,
+    Filter,
     Release,
     Cgroup,
     Journal,
@@ -32,7 +33,6 @@ pub enum Step {
     WorkDir,
     Rules,
     Restrict,
-    Filter,
     Signals,
     Exec,
     Commit,
@@ -66,6 +66,10 @@ impl Step {
         (
             Step::View,
             "build the mount view: everything read-only but what is unveiled for writing; own /proc, /tmp, /dev/shm; /run masked; volumes, devices and files of its own laid over it",
+        ),
+        (
+            Step::Filter,
+            "install the system call filter: no user namespaces, unless they are allowed; no persistent keyring",
         ),
         (Step::Release, "wait until the scope is there"),
         (
@@ -103,10 +107,6 @@ impl Step {
             "set no_new_privs and restrict itself with Landlock",
         ),
         (
-            Step::Filter,
-            "install the system call filter: no user namespaces, unless they are allowed; no persistent keyring",
-        ),
-        (
             Step::Signals,
             "reset signal mask, dispositions and resource limits",
         ),
@@ -133,6 +133,7 @@ impl Step {
             Step::Unshare => "namespaces",
             Step::Propagation => "mount propagation",
             Step::View => "mount view",
+            Step::Filter => "system call filter",
             Step::Release => "release",
             Step::Cgroup => "cgroup view",
             Step::Journal => "journal",
@@ -147,7 +148,6 @@ impl Step {
             Step::WorkDir => "work_dir",
             Step::Rules => "unveil",
             Step::Restrict => "Landlock",
-            Step::Filter => "system call filter",
             Step::Signals => "signals and limits",
             Step::Exec => "command",
             Step::Commit => "commit",

@@ -15,7 +15,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use super::super::exec::Command;
 use super::super::place::{TaskRoot, open_resolved};
 use super::super::report::{self, At, Failure};
-use super::super::{privileges, seccomp, task};
+use super::super::{privileges, task};
 use crate::breakpoint;
 use crate::plan::session::{SessionStep, WindowSize};
 use crate::plan::steps::{Identity, Step};
@@ -92,8 +92,6 @@ pub(super) fn step_in(mut prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     rustix::thread::set_no_new_privs(true).at(Step::Restrict)?;
     // The domain that this makes is a sibling of the task's, with the same rights.
     sys::landlock_restrict_self(prepared.ruleset.as_fd()).at(Step::Restrict)?;
-    breakpoint::at(SessionStep::TakeFilter);
-    seccomp::install(task.user_namespaces)?;
     breakpoint::at(SessionStep::Execute);
     report::session_ready(channel, terminal.as_ref().map(AsFd::as_fd)).at(Step::Session)?;
     sys::close_on_exec_from(3).at(Step::Signals)?;
