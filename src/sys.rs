@@ -394,11 +394,7 @@ pub fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
             0,
         )
     };
-    if sent == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    zero(sent)
 }
 
 /// The ABI of this kernel's Landlock (landlock_create_ruleset(2)); `None` if it has none, or was booted without.
@@ -416,8 +412,8 @@ pub fn landlock_abi() -> Option<u32> {
     u32::try_from(abi).ok().filter(|abi| *abi > 0)
 }
 
-/// Makes a BPF program the system call filter of the calling thread, and of whatever it will execute. Needs no_new_privs or
-/// CAP_SYS_ADMIN.
+/// Makes a BPF program the system call filter of the calling thread, and of whatever it will execute. Needs CAP_SYS_ADMIN
+/// or no_new_privs.
 pub fn install_filter(program: &[libc::sock_filter]) -> io::Result<()> {
     let program = libc::sock_fprog {
         len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
