@@ -1,6 +1,6 @@
 //! The system call filter of a task: what Landlock cannot refuse, as it is about no file. A BPF program lets everything pass but the
-//! calls that are named here, in programs of each architecture that the kernel runs. What a filter answers is what a kernel
-//! without the facility would say, so that programs do what they do there.
+//! calls that are named here, by programs of each architecture that the kernel runs. Its answers are those of kernels that lack
+//! what is asked for, or withhold it: programs know them.
 
 use libc::sock_filter;
 

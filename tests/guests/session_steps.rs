@@ -101,6 +101,7 @@ fn a_helper_that_dies_in_a_session_leaves_the_task_alone(context: &Context) -> R
             let next = async { Ok(script(&agent, &id, "exit 4").await?) };
             let (code, _) = breakpoints.all(next).await?;
             ensure!(code == 4, "{step:?}: {code}");
+            breakpoints.all(before.expect(task, "the next one")).await?;
         }
         breakpoints.all(alloc.stop()).await?;
         breakpoints.all(agent.finish()).await?;
@@ -137,6 +138,7 @@ fn a_plugin_that_dies_in_a_session_leaves_the_task_alone(context: &Context) -> R
             let next = async { Ok(script(&agent, &id, "exit 5").await?) };
             let (code, _) = breakpoints.all(next).await?;
             ensure!(code == 5, "{step:?}: {code}");
+            breakpoints.all(before.expect(task, "the next one")).await?;
         }
         breakpoints.all(alloc.stop()).await?;
         breakpoints.all(agent.finish()).await?;
