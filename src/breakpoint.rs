@@ -1,4 +1,4 @@
-//! Where tests hold a start or a stop: each step of either passes here, and in debug builds a test may be told and make it
+//! Where tests hold a start, a stop or a session: each step of them passes here, and in debug builds a test may be told and make it
 //! wait. In a release build there is nothing behind these functions.
 
 use std::fmt;

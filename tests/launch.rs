@@ -9,6 +9,8 @@ mod exec;
 mod life;
 #[path = "launch/process.rs"]
 mod process;
+#[path = "launch/seccomp.rs"]
+mod seccomp;
 #[path = "launch/session.rs"]
 mod session;
 #[path = "launch/stage.rs"]

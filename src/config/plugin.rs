@@ -12,6 +12,7 @@ pub struct PluginConfig {
     pub unveil_paths: Vec<String>,
     pub unveil_by_task: bool,
     pub allow_caps: Vec<String>,
+    pub allow_user_namespaces: bool,
     pub pids_max: u32,
     pub signal_all: bool,
 }
@@ -24,6 +25,7 @@ impl Default for PluginConfig {
             unveil_paths: Vec::new(),
             unveil_by_task: false,
             allow_caps: Vec::new(),
+            allow_user_namespaces: false,
             pids_max: 16_384,
             signal_all: false,
         }

@@ -113,6 +113,12 @@ pub const PLUGIN: &[Key] = &[
         doc: "Capabilities that jobs may ask for with `cap_add`, and that root in a task has besides the usual ones.",
     },
     Key {
+        name: "allow_user_namespaces",
+        kind: Kind::Bool,
+        presence: Presence::Default("false"),
+        doc: "Let every task create user namespaces, which `w:/proc` in `unveil` or `unveil_paths` lets a task as well.",
+    },
+    Key {
         name: "pids_max",
         kind: Kind::Integer {
             min: 1,

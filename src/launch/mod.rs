@@ -12,6 +12,7 @@ mod namespaces;
 mod place;
 mod privileges;
 pub mod report;
+mod seccomp;
 pub mod session;
 mod spawn;
 mod stdio;
@@ -104,6 +105,9 @@ fn prepare() -> Result<(Prepared, SharedPage), Failure> {
     namespaces::cut_propagation()?;
     breakpoint::at(Step::View);
     let root = mounts::build(&order, volumes)?;
+    breakpoint::at(Step::Filter);
+    // Of the supervisor as well, which needs none of what it refuses: the kernel's work for it would be the task's later on.
+    seccomp::install(order.user_namespaces)?;
     let stdio = stdio::in_view(outputs)?;
     breakpoint::at(Step::Rules);
     let rules = privileges::as_task(&order, || Rules::open(&order, &root, stdio.fifos()))?;

@@ -23,7 +23,7 @@ use crate::users::Account;
 use capabilities::{Capabilities, CapabilityError, Subject};
 use files::{FileError, Resolver};
 use limits::{Compute, Cpus, LimitError, Limits, QuotaGrain};
-use steps::{Order, Place, Rule, Stdio, TaskDir};
+use steps::{Order, Place, Rule, Stdio, TaskDir, UserNamespaces};
 use unit::UnitName;
 use unveil::{Alias, ByTask, Defaults, Gate, Overruled, UnveilError};
 use volumes::VolumeError;
@@ -159,6 +159,7 @@ impl Plan {
             view: unveil::view(&rules, uid),
             binds: volumes.binds,
             replaced,
+            user_namespaces: user_namespaces(config, &rules),
             rules,
             open_files: facts.open_files,
         };
@@ -207,6 +208,19 @@ fn capabilities(
         &options.cap_add,
         &options.cap_drop,
     )
+}
+
+/// An honest program makes one only to write to its uid_map, for which it needs a writable /proc.
+fn user_namespaces(config: &PluginConfig, rules: &[Rule]) -> UserNamespaces {
+    let opens_maps = |rule: &Rule| {
+        rule.access.write
+            && matches!(&rule.place, Place::Host(path) if Path::new("/proc").starts_with(path))
+    };
+    if config.allow_user_namespaces || rules.iter().any(opens_maps) {
+        UserNamespaces::Allowed
+    } else {
+        UserNamespaces::Refused
+    }
 }
 
 /// The task's own directory, or one below it, or, where the operator lets jobs unveil, any of the host.
@@ -457,6 +471,33 @@ mod tests {
         assert_eq!(bounding(&request), 0);
         request.network_namespace = Some("/run/netns/x".into());
         assert_eq!(bounding(&request), NET_ADMIN);
+    }
+
+    #[test]
+    fn user_namespaces_are_for_tasks_that_may_write_to_proc_and_where_the_operator_allows_them() {
+        let of = |allow: bool, unveil: &[&str], paths: &[&str]| {
+            let config = PluginConfig {
+                unveil_by_task: true,
+                unveil_paths: paths.iter().map(ToString::to_string).collect(),
+                allow_user_namespaces: allow,
+                ..PluginConfig::default()
+            };
+            let mut request = request();
+            request.options.unveil = unveil.iter().map(ToString::to_string).collect();
+            let plan = Plan::new(&config, &request, &facts()).unwrap();
+            plan.order.user_namespaces
+        };
+        use UserNamespaces::{Allowed, Refused};
+        assert_eq!(of(true, &[], &[]), Allowed);
+        for entry in ["w:/proc", "rw:/proc/", "rwxc:/"] {
+            assert_eq!(of(false, &[entry], &[]), Allowed, "{entry}");
+            assert_eq!(of(false, &[], &[entry]), Allowed, "{entry}");
+        }
+        for entry in ["r:/proc", "rxc:/", "w:/proc/sys", "w:/procs", "w:proc"] {
+            assert_eq!(of(false, &[entry], &[]), Refused, "{entry}");
+        }
+        // What an operator says of a path holds.
+        assert_eq!(of(false, &["w:/proc"], &["r:/proc"]), Refused);
     }
 
     #[test]

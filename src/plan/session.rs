@@ -2,13 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The steps of a session, in the order in which they happen. The first two are the plugin's; 3 to 5 and the last are the
-/// helper's, outside of the task; from 6 on it is the session's process, which the task sees and cannot touch.
+/// The steps of a session, in the order in which they happen. The first two are the plugin's; 3 to 6 and the last are the
+/// helper's, outside of the task; from 7 on it is the session's process, which the task sees and cannot touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SessionStep {
     Find,
     SpawnSession,
     Orders,
+    TakeFilter,
     EnterPids,
     ForkSession,
     Lead,
@@ -26,7 +27,7 @@ pub enum SessionStep {
 
 impl SessionStep {
     /// Every step with what it does, in order: the list that the README quotes.
-    pub const ALL: [(SessionStep, &'static str); 16] = [
+    pub const ALL: [(SessionStep, &'static str); 17] = [
         (
             SessionStep::Find,
             "make a cgroup `exec-1`, `exec-2`, … below the scope",
@@ -38,6 +39,10 @@ impl SessionStep {
         (
             SessionStep::Orders,
             "read what the task was ordered to be, and become undumpable",
+        ),
+        (
+            SessionStep::TakeFilter,
+            "install the task's system call filter",
         ),
         (
             SessionStep::EnterPids,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 /// The steps of a task's start, in the order in which they happen. Steps 1 to 3 and the last are the plugin's; 4 to 10 are the
-/// helper's while it is still charged to the plugin; from 11 on it is inside the scope; from 14 on it is the task.
+/// helper's while it is still charged to the plugin; from 12 on it is inside the scope; from 15 on it is the task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Step {
     Plan,
@@ -18,6 +18,7 @@ pub enum Step {
     Unshare,
     Propagation,
     View,
+    Filter,
     Rules,
     Release,
     Cgroup,
@@ -40,7 +41,7 @@ pub enum Step {
 
 impl Step {
     /// Every step with what it does, in order: the list that the README quotes.
-    pub const ALL: [(Step, &'static str); 26] = [
+    pub const ALL: [(Step, &'static str); 27] = [
         (
             Step::Plan,
             "decide everything that will happen, from the job, the plugin's configuration and facts of the host",
@@ -66,6 +67,10 @@ impl Step {
         (
             Step::View,
             "build the mount view: everything read-only but what is unveiled for writing; own /proc, /tmp, /dev/shm; /run masked; volumes, devices and files of its own laid over it",
+        ),
+        (
+            Step::Filter,
+            "install the system call filter: no user namespaces, unless they are allowed; no persistent keyring",
         ),
         (
             Step::Rules,
@@ -133,6 +138,7 @@ impl Step {
             Step::Unshare => "namespaces",
             Step::Propagation => "mount propagation",
             Step::View => "mount view",
+            Step::Filter => "system call filter",
             Step::Release => "release",
             Step::Cgroup => "cgroup view",
             Step::Journal => "journal",
@@ -183,6 +189,7 @@ pub struct Order {
     /// Files of the host that read otherwise in the view.
     pub replaced: Vec<Replaced>,
     pub rules: Vec<Rule>,
+    pub user_namespaces: UserNamespaces,
     /// Soft and hard RLIMIT_NOFILE that the plugin was started with, given back to the task.
     pub open_files: (u64, u64),
 }
@@ -236,6 +243,8 @@ pub struct Identity {
     pub ambient: u64,
     pub task_dir: TaskDir,
     pub open_files: (u64, u64),
+    #[serde(default)]
+    pub user_namespaces: UserNamespaces,
 }
 
 /// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.
@@ -324,6 +333,14 @@ impl fmt::Display for Access {
             .filter(|(on, _)| *on)
             .try_for_each(|(_, letter)| write!(f, "{letter}"))
     }
+}
+
+/// Whether the task may make user namespaces.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UserNamespaces {
+    #[default]
+    Refused,
+    Allowed,
 }
 
 /// What the task sees of the host's mounts (`design`: the whole tree read-only, with exceptions).

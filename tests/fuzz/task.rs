@@ -125,6 +125,7 @@ fn plugin_config() {
                     ("unveil_paths", given.unveil_paths.into()),
                     ("unveil_by_task", given.unveil_by_task.into()),
                     ("allow_caps", given.allow_caps.into()),
+                    ("allow_user_namespaces", given.allow_user_namespaces.into()),
                     ("pids_max", given.pids_max.into()),
                     ("signal_all", given.signal_all.into()),
                 ];

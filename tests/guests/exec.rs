@@ -270,6 +270,7 @@ fn a_session_is_in_the_tasks_scope_and_is_what_the_task_is(context: &Context) ->
                 "CapAmb",
                 "NoNewPrivs",
                 "Seccomp",
+                "Seccomp_filters",
                 "SigBlk",
                 "SigIgn",
                 "Umask",

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context, Kind};
-use harness::nomad::Level;
+use harness::nomad::{Agent, Config, Level};
 
 use crate::case;
 use crate::nomad::{Job, Scope, agent, printed, proc_file, to_end, until};
@@ -12,6 +12,11 @@ use crate::nomad::{Job, Scope, agent, printed, proc_file, to_end, until};
 pub const CASES: &[Case] = &[
     case!(Everywhere, Ours, the_first_job_prints_its_environment),
     case!(Everywhere, Ours, what_is_not_unveiled_is_closed_to_everyone),
+    case!(
+        Both,
+        Ours,
+        user_namespaces_are_for_whom_the_operator_allows_them_or_opens_proc
+    ),
     case!(Everywhere, Ours, a_service_lives_in_a_scope_of_its_own),
     case!(Kernel, Ours, the_kernel_and_systemd_have_the_jobs_limits),
     case!(Kernel, Ours, a_task_beyond_its_memory_is_killed_and_says_so),
@@ -103,6 +108,46 @@ fn what_is_not_unveiled_is_closed_to_everyone(context: &Context) -> Result<()> {
             "what is unveiled is not the file"
         );
         agent.finish().await
+    })
+}
+
+fn user_namespaces_are_for_whom_the_operator_allows_them_or_opens_proc(
+    context: &Context,
+) -> Result<()> {
+    let new = "unshare --user --net true && echo made";
+    // Root in it, which a program is by writing to its uid_map.
+    let mapped = "unshare --user --map-root-user id --user";
+    context.block_on(async {
+        for plugin in [
+            "unveil_by_task = true",
+            "unveil_by_task = true\nallow_user_namespaces = true",
+        ] {
+            let is_allowed = plugin.contains("namespaces");
+            let config = Config {
+                plugin: plugin.into(),
+                ..Config::default()
+            };
+            let agent = Agent::start(context.driver(), config).await?;
+            for user in ["", "nobody", "root"] {
+                let job = |script: &str| match user {
+                    "" => Job::shell(script),
+                    user => Job::shell(script).user(user),
+                };
+                let made = to_end(&agent, &job(new)).await?;
+                let is_told = made.stderr.contains("Operation not permitted");
+                ensure!(
+                    made.exit.success() == is_allowed && is_told != is_allowed,
+                    "{user:?}, {plugin}: {made:?}"
+                );
+                let of_rules = to_end(&agent, &job(mapped)).await?;
+                ensure!(!of_rules.exit.success(), "{user:?}: {of_rules:?}");
+                let with_proc = job(mapped).unveil(&["rw:/proc"]);
+                let said = printed(&agent, &with_proc).await?;
+                ensure!(said == "0\n", "{user:?}: {said:?}");
+            }
+            agent.finish().await?;
+        }
+        Ok(())
     })
 }
 

@@ -34,6 +34,7 @@ mod run;
 mod run_job;
 mod scopes;
 mod secrets;
+mod session_steps;
 mod shortage;
 mod steps;
 mod surroundings;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         recovery::CASES,
         bus::CASES,
         steps::CASES,
+        session_steps::CASES,
         takeover::CASES,
         truth::CASES,
         life_cycle::CASES,

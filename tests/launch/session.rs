@@ -9,7 +9,7 @@ use std::path::Path;
 use nomad_driver_exec2::launch::report::{Failure, Message, receive};
 use nomad_driver_exec2::launch::session::{self, Entrance};
 use nomad_driver_exec2::plan::session::{SessionOrder, WindowSize};
-use nomad_driver_exec2::plan::steps::{Order, Place};
+use nomad_driver_exec2::plan::steps::{Order, Place, UserNamespaces};
 use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::stage::{Changed, DYNAMIC, Stage, Supervisor, Task, await_readable, field, until};
@@ -189,6 +189,7 @@ fn a_session_is_what_the_task_is() {
             "CapAmb",
             "NoNewPrivs",
             "Seccomp",
+            "Seccomp_filters",
             "SigBlk",
             "SigIgn",
             "SigCgt",
@@ -196,6 +197,7 @@ fn a_session_is_what_the_task_is() {
         ] {
             assert_eq!(field(&ours, name), field(&theirs, name), "{name}");
         }
+        assert_eq!(field(&ours, "Seccomp"), "2");
         for name in ["environ", "oom_score_adj", "limits"] {
             assert_eq!(proc(pid, name), proc(main, name), "{name}");
         }
@@ -241,6 +243,25 @@ fn the_tasks_rules_are_the_sessions_rules() {
             assert!(errors.contains("Read-only file system"), "{errors}");
             assert_eq!(fs::read_to_string(&secret).unwrap(), "secret\n");
         }
+    }
+}
+
+#[test]
+fn the_tasks_filter_is_the_sessions_filter() {
+    for (user_namespaces, is_refused) in [
+        (UserNamespaces::Refused, true),
+        (UserNamespaces::Allowed, false),
+    ] {
+        let stage = Stage::new();
+        let order = Order {
+            user_namespaces,
+            ..stage.idle()
+        };
+        let task = stage.start(&order).unwrap();
+        let session = Session::open(&task, &["unshare", "--user", "true"], None).unwrap();
+        let (status, _, errors) = session.end();
+        assert_eq!(status != 0, is_refused, "{errors}");
+        assert_eq!(errors.contains("Operation not permitted"), is_refused);
     }
 }
 

@@ -9,7 +9,7 @@ use super::job::ALLOC_ID;
 use crate::job::{Task, Value};
 use crate::plan::Plan;
 use crate::plan::capabilities;
-use crate::plan::steps::{Bind, BindKind, Place, Rule, Source, Stdio, Write};
+use crate::plan::steps::{Bind, BindKind, Place, Rule, Source, Stdio, UserNamespaces, Write};
 use crate::systemd;
 use crate::task::types::TaskRequest;
 use crate::text::one_line;
@@ -38,6 +38,8 @@ pub struct View {
     pub cgroup: BTreeMap<&'static str, String>,
     pub oom_score_adj: i16,
     pub capabilities: Capabilities,
+    /// `refused` or `allowed`.
+    pub user_namespaces: &'static str,
     /// Null is the host's.
     pub network: Option<String>,
     pub stdout: String,
@@ -155,6 +157,10 @@ impl View {
                 bounding: format!("{:016x}", order.bounding),
                 ambient: format!("{:016x}", order.ambient),
             },
+            user_namespaces: match order.user_namespaces {
+                UserNamespaces::Refused => "refused",
+                UserNamespaces::Allowed => "allowed",
+            },
             network: order
                 .network_namespace
                 .as_ref()
@@ -266,6 +272,7 @@ impl View {
         }
         add("", &format!("oom_score_adj: {}", self.oom_score_adj));
         add("capabilities", &or_none(&self.capabilities.names, " "));
+        add("", &format!("user namespaces: {}", self.user_namespaces));
         add("network", self.network.as_deref().unwrap_or("the host's"));
         add("output", &self.stdout);
         for (name, all) in [("volume", &self.volumes), ("device", &self.devices)] {

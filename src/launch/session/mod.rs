@@ -17,7 +17,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use super::exec::Command;
 use super::place::open_host;
 use super::report::{At, Failure};
-use super::{give_up, parse};
+use super::{give_up, parse, seccomp};
 use crate::breakpoint;
 use crate::plan::session::{SessionOrder, SessionStep};
 use crate::plan::steps::{Identity, Step};
@@ -101,7 +101,11 @@ fn prepare() -> Result<(Prepared, File), Failure> {
         host_proc,
         stdio,
     };
-    Ok((prepared, File::from(inherited(KILL)?)))
+    let kill = File::from(inherited(KILL)?);
+    breakpoint::at(SessionStep::TakeFilter);
+    // Before the session's cgroup, so that the task does not pay for it.
+    seccomp::install(prepared.task.user_namespaces)?;
+    Ok((prepared, kill))
 }
 
 fn stdio() -> Result<[OwnedFd; 3], Failure> {

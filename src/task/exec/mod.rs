@@ -6,7 +6,7 @@ mod streams;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -157,7 +157,7 @@ impl TaskTable {
                 }
             }
         }
-        if let Err(error) = room.remove() {
+        if let Err(error) = remove(&room).await {
             of_task!(
                 warn,
                 task.names,
@@ -358,6 +358,22 @@ async fn clear(room: &Cgroup) {
     let _ = timeout(AFTER_KILL, cleared).await;
 }
 
+/// Once nobody is left in it. The child of a helper that was killed may enter it until then, and finds its end there.
+async fn remove(room: &Cgroup) -> io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        clear(room).await;
+        match room.remove() {
+            Err(error)
+                if error.raw_os_error() == Some(libc::EBUSY) && begun.elapsed() < AFTER_KILL =>
+            {
+                sleep(PAUSE).await;
+            }
+            removed => return removed,
+        }
+    }
+}
+
 /// Ends the sessions of a plugin that died. A process that does not end, as one that waits for a dead file server, must not
 /// hold up the recovery of its task.
 pub(super) fn end_sessions(task: &Task) {
@@ -371,8 +387,7 @@ pub(super) fn end_sessions(task: &Task) {
     let (names, unit) = (task.names.clone(), task.unit.clone());
     tokio::spawn(async move {
         for room in rooms {
-            clear(&room).await;
-            if let Err(error) = room.remove() {
+            if let Err(error) = remove(&room).await {
                 of_task!(
                     warn,
                     names,

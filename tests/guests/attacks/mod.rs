@@ -54,9 +54,10 @@ fn attempts(who: Who) -> impl Iterator<Item = &'static Attempt> {
 fn name(who: Who) -> &'static str {
     match who {
         Who::Dynamic => "dynamic user",
+        Who::DynamicWithNamespaces => "dynamic user with allow_user_namespaces",
         Who::Named => "named user",
         Who::Root => "root",
-        Who::RootWithCaps => "root with allow_caps",
+        Who::RootWithCaps => "root with allow_caps and allow_user_namespaces",
     }
 }
 
@@ -134,8 +135,9 @@ async fn attack(context: &Context, who: Who) -> Result<(String, Option<String>)>
     let names: Vec<&str> = attempts(who).map(|attempt| attempt.name).collect();
     let mut neighbour = Victim::new(if who == Who::Named { NOBODY } else { 0 }, 300)?;
     let allow = match who {
-        Who::RootWithCaps => format!("allow_caps = {ALLOWED}"),
-        _ => String::new(),
+        Who::RootWithCaps => format!("allow_user_namespaces = true\nallow_caps = {ALLOWED}"),
+        Who::DynamicWithNamespaces => "allow_user_namespaces = true".into(),
+        Who::Dynamic | Who::Named | Who::Root => String::new(),
     };
     let config = Config {
         plugin: format!("unveil_by_task = true\n{allow}"),
@@ -165,7 +167,7 @@ async fn attack(context: &Context, who: Who) -> Result<(String, Option<String>)>
             neighbour.id()
         ));
     let job = match who {
-        Who::Dynamic => job,
+        Who::Dynamic | Who::DynamicWithNamespaces => job,
         Who::Named => job.user("nobody"),
         Who::Root | Who::RootWithCaps => job.user("root"),
     };

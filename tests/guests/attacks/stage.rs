@@ -43,6 +43,11 @@ pub fn prelude() -> String {
         ("fsopen", libc::SYS_fsopen),
         ("init_module", libc::SYS_init_module),
         ("inotify_add_watch", libc::SYS_inotify_add_watch),
+        ("clone", libc::SYS_clone),
+        ("io_uring_enter", libc::SYS_io_uring_enter),
+        ("io_uring_setup", libc::SYS_io_uring_setup),
+        ("mmap", libc::SYS_mmap),
+        ("read", libc::SYS_read),
         ("inotify_init1", libc::SYS_inotify_init1),
         #[cfg(target_arch = "x86_64")]
         ("iopl", libc::SYS_iopl),

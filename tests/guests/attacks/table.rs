@@ -5,16 +5,27 @@
 pub enum Who {
     /// A task with a dynamic workload user.
     Dynamic,
+    /// The same, where the operator allows user namespaces.
+    DynamicWithNamespaces,
     /// A task with a user of the host's.
     Named,
     Root,
-    /// Root with capabilities that the operator allows.
+    /// Root with capabilities and user namespaces that the operator allows.
     RootWithCaps,
 }
 
 /// Everybody that a task can be.
-pub const TASKS: &[Who] = &[Who::Dynamic, Who::Named, Who::Root, Who::RootWithCaps];
-pub const USERS: &[Who] = &[Who::Dynamic, Who::Named];
+pub const TASKS: &[Who] = &[
+    Who::Dynamic,
+    Who::DynamicWithNamespaces,
+    Who::Named,
+    Who::Root,
+    Who::RootWithCaps,
+];
+pub const USERS: &[Who] = &[Who::Dynamic, Who::DynamicWithNamespaces, Who::Named];
+/// Those who may make user namespaces, and those who may not.
+const ALLOWED_NAMESPACES: &[Who] = &[Who::DynamicWithNamespaces, Who::RootWithCaps];
+const REFUSED_NAMESPACES: &[Who] = &[Who::Dynamic, Who::Named, Who::Root];
 pub const ROOTS: &[Who] = &[Who::Root, Who::RootWithCaps];
 /// Whom the file that is attacked belongs to, or who needs not own it.
 const OWNERS: &[Who] = &[Who::Named, Who::Root, Who::RootWithCaps];
@@ -86,6 +97,7 @@ pub struct Threat {
     pub tests: &'static [&'static str],
 }
 
+const NAMESPACES: &str = "A task that creates user namespaces, where they are allowed,";
 const KEYRINGS: &str = "**Keyrings of users.**";
 const SMALL: &str = "a kernel may be built without it";
 const YAMA: &str = "Yama may close it to all but root";
@@ -176,6 +188,7 @@ pub const THREATS: &[Threat] = &[
             stopped("rename-file", TASKS),
             stopped("hard-link-file", TASKS),
             stopped("execute-file", TASKS),
+            stopped("open-by-io-uring", TASKS).depends(SMALL),
             by_design("stat-file", TASKS, "**Names.**"),
             by_design("watch-directory", TASKS, "**Names.**"),
         ],
@@ -249,14 +262,23 @@ pub const THREATS: &[Threat] = &[
             stopped("new-mount-namespace", ROOTS),
             stopped("mount-in-user-namespace", TASKS).depends(SMALL),
             stopped("lift-read-only-in-user-namespace", TASKS).depends(SMALL),
-            by_design(
-                "new-user-namespace",
-                TASKS,
-                "A task may create user namespaces",
-            )
-            .depends(SMALL),
         ],
         tests: &["guests::view::what_the_host_mounts_later_does_not_arrive"],
+    },
+    Threat {
+        name: "a user namespace opens more of the kernel",
+        who: "any task",
+        stopped_by: "a system call filter, unless the operator or a writable `/proc` allows them",
+        attempts: &[
+            stopped("new-user-namespace", REFUSED_NAMESPACES).depends(SMALL),
+            stopped("clone-user-namespace", REFUSED_NAMESPACES).depends(SMALL),
+            stopped("clone3-user-namespace", REFUSED_NAMESPACES).depends(SMALL),
+            by_design("new-user-namespace", ALLOWED_NAMESPACES, NAMESPACES).depends(SMALL),
+        ],
+        tests: &[
+            "launch::seccomp::what_is_refused_is_refused_to_programs_of_32_bits_too",
+            "guests::jobs::user_namespaces_are_for_whom_the_operator_allows_them_or_opens_proc",
+        ],
     },
     Threat {
         name: "a process leaves the scope",
@@ -313,7 +335,7 @@ pub const THREATS: &[Threat] = &[
     Threat {
         name: "tasks meet in what the host has once",
         who: "any task",
-        stopped_by: "own `/tmp`, `/dev/shm`, message queues, IPC namespace and session keyring",
+        stopped_by: "own `/tmp`, `/dev/shm`, message queues, IPC namespace and session keyring; a system call filter",
         attempts: &[
             stopped("shared-tmp", TASKS),
             stopped("shared-memory", TASKS),
@@ -321,7 +343,7 @@ pub const THREATS: &[Threat] = &[
             stopped("message-queue", TASKS),
             stopped("session-keyring", TASKS),
             by_design("user-keyring", ROOTS, KEYRINGS),
-            by_design("persistent-keyring", USERS, KEYRINGS).depends(SMALL),
+            stopped("persistent-keyring", TASKS).depends(SMALL),
         ],
         tests: &["guests::view::tasks_do_not_meet_in_tmp"],
     },
