@@ -14,6 +14,7 @@ pub struct PluginConfig {
     pub allow_caps: Vec<String>,
     pub pids_max: u32,
     pub signal_all: bool,
+    pub report_denials: bool,
 }
 
 impl Default for PluginConfig {
@@ -26,6 +27,7 @@ impl Default for PluginConfig {
             allow_caps: Vec::new(),
             pids_max: 16_384,
             signal_all: false,
+            report_denials: true,
         }
     }
 }

@@ -61,7 +61,7 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
     let rules = Rules::open(order, root, stdio.fifos())?;
     rules.hold(|descriptors| report::hold(channel, descriptors))?;
     breakpoint::at(Step::Restrict);
-    rules.restrict()?;
+    rules.restrict(order.denials)?;
     breakpoint::at(Step::Signals);
     // Signals were reset when the helper began, where it cost the task nothing; no code since has changed them.
     set_limits(order.open_files)?;

@@ -180,6 +180,16 @@ pub struct Order {
     pub rules: Vec<Rule>,
     /// Soft and hard RLIMIT_NOFILE that the plugin was started with, given back to the task.
     pub open_files: (u64, u64),
+    #[serde(default)]
+    pub denials: Denials,
+}
+
+/// Whether the kernel logs what Landlock denies, while audit is on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Denials {
+    #[default]
+    Unlogged,
+    Logged,
 }
 
 impl Order {
@@ -231,6 +241,8 @@ pub struct Identity {
     pub ambient: u64,
     pub task_dir: TaskDir,
     pub open_files: (u64, u64),
+    #[serde(default)]
+    pub denials: Denials,
 }
 
 /// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.

@@ -127,6 +127,7 @@ fn plugin_config() {
                     ("allow_caps", given.allow_caps.into()),
                     ("pids_max", given.pids_max.into()),
                     ("signal_all", given.signal_all.into()),
+                    ("report_denials", given.report_denials.into()),
                 ];
                 assert_eq!(
                     PluginConfig::decode(&encode(schema::PLUGIN, &values)).unwrap(),

@@ -301,7 +301,7 @@ impl<'a> Helper<'a> {
     pub fn go_uncommitted(mut self) -> Result<Task<'a>, Failure> {
         release(&self.control).unwrap();
         match self.next() {
-            Some((Message::Started, Some(main))) => Ok(Task {
+            Some((Message::Started(None), Some(main))) => Ok(Task {
                 supervisor: self.supervisor,
                 main,
                 control: Some(self.control),

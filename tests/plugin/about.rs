@@ -75,9 +75,13 @@ async fn both_schemas_are_those_of_exec2() {
         ),
         ("unveil_paths", attr("unveil_paths", "list(string)", false)),
         ("allow_caps", attr("allow_caps", "list(string)", false)),
-        // The one key of our own.
+        // Keys of our own.
         ("pids_max", defaulted("pids_max", "number", "16384")),
         ("signal_all", defaulted("signal_all", "bool", "false")),
+        (
+            "report_denials",
+            defaulted("report_denials", "bool", "true"),
+        ),
     ]);
     assert_eq!(plugin.spec, Some(expected));
     let task: wire::TaskConfigSchemaResponse = served
