@@ -326,6 +326,7 @@ fn facts() -> Facts {
         share_cpus: None,
         agent_unit: Some("nomad.service".into()),
         open_files: (1024, 4096),
+        landlock_abi: Some(7),
     }
 }
 

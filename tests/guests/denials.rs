@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::proto::structs::attribute::Value;
-use harness::nomad::{Agent, Task};
-use nomad_driver_exec2::audit::{self, Audit};
+use harness::nomad::{Agent, Config, Task};
+use nomad_driver_exec2::audit::{self, Audit, What};
 use nomad_driver_exec2::sys;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with,
@@ -169,8 +170,8 @@ fn what_is_denied_is_told_with_what_would_allow_it(context: &Context) -> Result<
         alloc.stop().await?;
         ensure!(printed(&agent, &write(&new)).await? == "x\n");
         // In digits in the kernel's words, and legible in ours.
-        let alloc = agent.run(&Job::shell(&format!("cat '{path}/a b'")).user("nobody").text());
-        let alloc = alloc.await?;
+        let job = Job::shell(&format!("cat '{path}/a b'")).user("nobody");
+        let alloc = agent.run(&job.text()).await?;
         let sentence = format!(
             "Landlock denied cat to read {path}/a b; \"r:{path}/a b\" in unveil would allow it"
         );
@@ -339,7 +340,31 @@ fn nothing_is_told_while_nobody_listens(context: &Context) -> Result<()> {
         until("the node tells", node).await?;
         alloc.stop().await?;
 
-        // Not where the operator does not want it.
+        agent.finish().await?;
+
+        // Not where the operator does not want it: nothing of it is in the host's log either.
+        let log = audit::listen()?;
+        let config = Config {
+            plugin: "report_denials = false".into(),
+            ..Config::default()
+        };
+        let agent = Agent::start(context.driver(), config).await?;
+        to_end(&agent, &Job::command("/bin/cat", &["/etc/passwd"])).await?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let mut buffer = vec![0; audit::RECORD_BYTES];
+        let mut records = 0;
+        loop {
+            match audit::receive(&log, &mut buffer) {
+                Ok(Some(record)) => {
+                    ensure!(!matches!(record.what, What::Denial(_)), "{record:?}");
+                    records += 1;
+                }
+                Ok(None) => records += 1,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        context.note(format!("{records} other records"));
         agent.finish().await
     })
 }

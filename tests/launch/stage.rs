@@ -15,7 +15,7 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nomad_driver_exec2::launch::report::{Failure, Message, commit, receive, release};
 use nomad_driver_exec2::launch::{Parked, spawn};
 use nomad_driver_exec2::plan::capabilities::{Capabilities, Subject};
-use nomad_driver_exec2::plan::steps::{Order, Place, Rule, Source, Stdio, TaskDir};
+use nomad_driver_exec2::plan::steps::{Denials, Order, Place, Rule, Source, Stdio, TaskDir};
 use nomad_driver_exec2::plan::unveil::{self, Alias, ByTask, Defaults, Gate};
 use nomad_driver_exec2::record::{self, Exit, Record};
 use rustix::process::{Resource, Signal, getrlimit, pidfd_send_signal};
@@ -142,6 +142,7 @@ impl Stage {
             replaced: Vec::new(),
             rules,
             open_files: (number(limit.current), number(limit.maximum)),
+            denials: Denials::Unlogged,
         }
     }
 
