@@ -208,7 +208,9 @@ pub fn parse(kind: u16, text: &[u8]) -> Option<Record> {
 
 fn untrusted(value: &str) -> Option<Vec<u8>> {
     if let Some(quoted) = value.strip_prefix('"') {
-        return quoted.strip_suffix('"').map(|text| text.as_bytes().to_vec());
+        return quoted
+            .strip_suffix('"')
+            .map(|text| text.as_bytes().to_vec());
     }
     let digits = value.as_bytes();
     let pairs = digits.chunks(2).map(|pair| {
@@ -216,7 +218,9 @@ fn untrusted(value: &str) -> Option<Vec<u8>> {
         let is_digits = pair.len() == 2 && pair.bytes().all(|digit| digit.is_ascii_hexdigit());
         is_digits.then(|| u8::from_str_radix(pair, 16).ok())?
     });
-    pairs.collect::<Option<Vec<u8>>>().filter(|bytes| !bytes.is_empty())
+    pairs
+        .collect::<Option<Vec<u8>>>()
+        .filter(|bytes| !bytes.is_empty())
 }
 
 #[cfg(test)]
@@ -233,7 +237,8 @@ mod tests {
 
     #[test]
     fn a_denial_has_its_domain_the_missing_rights_and_the_path() {
-        let text = r#"domain=18c9f6f43 blockers=fs.execute,fs.read_file path="/opt/x" dev="vda" ino=737"#;
+        let text =
+            r#"domain=18c9f6f43 blockers=fs.execute,fs.read_file path="/opt/x" dev="vda" ino=737"#;
         let denial = Denial {
             domain: 0x1_8c9f_6f43,
             blockers: vec!["fs.execute".into(), "fs.read_file".into()],

@@ -419,12 +419,7 @@ pub fn landlock_abi() -> Option<u32> {
 /// Restricts the calling thread, and whatever it will execute, with a ruleset that somebody made. Needs no_new_privs.
 pub fn landlock_restrict_self(ruleset: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
     // SAFETY: integers only; the descriptor is open for the whole call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_restrict_self,
-            ruleset.as_raw_fd(),
-            flags,
-        )
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), flags) };
     zero(result)
 }

@@ -73,7 +73,14 @@ const ROOMS: [Room; 18] = [
     },
     Room {
         name: "host",
-        rooms: &["audit", "cgroup", "plan::denials", "plan::files", "plan::limits", "sys"],
+        rooms: &[
+            "audit",
+            "cgroup",
+            "plan::denials",
+            "plan::files",
+            "plan::limits",
+            "sys",
+        ],
         crates: &["nix"],
     },
     Room {

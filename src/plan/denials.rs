@@ -361,9 +361,8 @@ mod tests {
     fn what_only_the_operator_can_allow_is_told_so() {
         let strict = PluginConfig::default();
         assert!(
-            told(&strict, &[], "fs.read_file", "/etc/passwd").ends_with(
-                r#"; "r:/etc/passwd" in the operator's unveil_paths would allow it"#
-            )
+            told(&strict, &[], "fs.read_file", "/etc/passwd")
+                .ends_with(r#"; "r:/etc/passwd" in the operator's unveil_paths would allow it"#)
         );
         let ruled = PluginConfig {
             unveil_paths: vec!["r:/data".into()],
@@ -390,8 +389,16 @@ mod tests {
         for (rights, path, reason) in [
             ("fs.make_char", "/dev", "no mode has that right"),
             ("fs.change_topology", "/", "no task mounts anything"),
-            ("ptrace", "", "a task and each session in it trace only their own processes"),
-            ("scope.abstract_unix_socket", "", "root in the host's network reaches only the task's own"),
+            (
+                "ptrace",
+                "",
+                "a task and each session in it trace only their own processes",
+            ),
+            (
+                "scope.abstract_unix_socket",
+                "",
+                "root in the host's network reaches only the task's own",
+            ),
             ("net.connect_tcp", "", "no mode has that right"),
             ("fs.read_file", "", "it has no path"),
             ("fs.execute", "/memfd:x (deleted)", "it is deleted"),
@@ -408,7 +415,10 @@ mod tests {
     #[test]
     fn nothing_that_acts_on_a_reader_is_in_a_sentence() {
         let told = told(&config(), &[], "fs.read_file", "/x\n\u{202e}y");
-        assert!(told.contains(r#""r:/x<U+000A><U+202E>y" in unveil"#), "{told}");
+        assert!(
+            told.contains(r#""r:/x<U+000A><U+202E>y" in unveil"#),
+            "{told}"
+        );
     }
 
     #[test]

@@ -64,12 +64,27 @@ impl TaskTable {
 
     pub(super) fn event_of_denial(&self, task: &Task, denied: &Denied<'_>, remedy: &Remedy) {
         let message = denied.sentence(remedy);
-        self.send(&task.id, &task.names, &task.unit, Severity::Warning, message);
+        self.send(
+            &task.id,
+            &task.names,
+            &task.unit,
+            Severity::Warning,
+            message,
+        );
     }
 
     pub(super) fn event_of_more_denials(&self, task: &Task) {
-        let message = format!("Landlock denied more; journalctl -u {} tells what", task.unit);
-        self.send(&task.id, &task.names, &task.unit, Severity::Warning, message);
+        let message = format!(
+            "Landlock denied more; journalctl -u {} tells what",
+            task.unit
+        );
+        self.send(
+            &task.id,
+            &task.names,
+            &task.unit,
+            Severity::Warning,
+            message,
+        );
     }
 
     pub(super) fn tell_left_out(&self, task: &Task, count: u64) {

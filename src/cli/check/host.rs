@@ -201,9 +201,18 @@ mod tests {
     fn whether_denials_are_told_is_told_with_what_it_needs() {
         for (audit, found) in [
             (None, "not told: Landlock tells of none before ABI 7"),
-            (Some(Audit::Off), "not told: kernel audit is off; auditctl -e 1"),
-            (Some(Audit::Absent), "not told: there is no kernel audit; boot"),
-            (Some(Audit::Refused), "not told: kernel audit is not told to"),
+            (
+                Some(Audit::Off),
+                "not told: kernel audit is off; auditctl -e 1",
+            ),
+            (
+                Some(Audit::Absent),
+                "not told: there is no kernel audit; boot",
+            ),
+            (
+                Some(Audit::Refused),
+                "not told: kernel audit is not told to",
+            ),
             (Some(Audit::On), "kernel audit is on"),
         ] {
             let line = denials(&Host { audit, ..FIT });

@@ -51,6 +51,11 @@ impl Heard {
             .flatten()
     }
 
+    /// The oldest event, as far as it was heard.
+    pub fn oldest(&mut self) -> Option<Event> {
+        self.open.pop_front()
+    }
+
     /// An event that nothing more is waited for.
     pub fn ripe(&mut self, now: Instant) -> Option<Event> {
         let first = self.open.front()?;

@@ -39,7 +39,8 @@ const TICK: Duration = Duration::from_millis(200);
 /// How long it may take until the task of a domain is known: the kernel may be heard before the helper.
 const STRANGE_FOR: Duration = Duration::from_secs(5);
 const MOST_STRANGE: usize = 64;
-const MOST_DOMAINS: usize = 4_096;
+/// Beyond that, those of strangers and of tasks that have ended are forgotten.
+const MOST_DOMAINS: usize = 256;
 const MOST_SESSIONS: usize = 256;
 /// Between two words on lost records.
 const BETWEEN_LOSSES: Duration = Duration::from_secs(60);
@@ -50,8 +51,8 @@ const HELPERS: &str = "exec2-";
 #[derive(Debug)]
 pub(super) struct Denials {
     socket: AsyncFd<OwnedFd>,
-    /// By the kernel's number of a domain; `None` is that of a stranger.
-    domains: Mutex<HashMap<u64, Option<TaskId>>>,
+    /// By the kernel's number of a domain; `None` is that of a stranger. A task that Nomad has destroyed meanwhile is told of, too.
+    domains: Mutex<HashMap<u64, Option<Arc<Task>>>>,
     /// The processes of sessions that were started last. They may be gone before their denials are heard.
     sessions: Mutex<VecDeque<(u32, TaskId)>>,
 }
@@ -69,7 +70,10 @@ impl Asked {
         let local = request.env.get("NOMAD_TASK_DIR").map(Path::new);
         Self {
             unveil: request.options.unveil.clone(),
-            task_dir: local.and_then(Path::parent).map(Path::to_owned).unwrap_or_default(),
+            task_dir: local
+                .and_then(Path::parent)
+                .map(Path::to_owned)
+                .unwrap_or_default(),
         }
     }
 }
@@ -91,11 +95,20 @@ impl Denials {
     }
 
     /// The domain of a task that an earlier plugin has found out: the kernel tells no second time.
-    pub fn recall(&self, task: &Task) {
+    pub fn recall(&self, task: &Arc<Task>) {
         let mark = task.cgroup.mark(Mark::Domain);
         if let Some(domain) = mark.and_then(|mark| u64::from_str_radix(&mark, 16).ok()) {
-            lock(&self.domains).insert(domain, Some(task.id.clone()));
+            self.know(domain, Some(task.clone()));
         }
+    }
+
+    fn know(&self, domain: u64, owner: Option<Arc<Task>>) {
+        let mut domains = lock(&self.domains);
+        // The record that a domain is gone may get lost.
+        if domains.len() >= MOST_DOMAINS {
+            domains.retain(|_, owner| owner.as_ref().is_some_and(|task| task.ended().is_none()));
+        }
+        domains.insert(domain, owner);
     }
 
     pub fn add_session(&self, pid: u32, task: &Task) {
@@ -199,11 +212,7 @@ impl TaskTable {
                         tell_loss(&mut kept.loss_told, now);
                     }
                     for record in batch.records {
-                        if let What::Gone(domain) = record.what {
-                            lock(&denials.domains).remove(&domain);
-                        } else if let Some(event) = kept.heard.take(record, now) {
-                            self.judge(&denials, &mut kept, event, now);
-                        }
+                        self.take(&denials, &mut kept, record, now);
                     }
                     batch.is_full
                 }
@@ -223,6 +232,26 @@ impl TaskTable {
         }
     }
 
+    fn take(&self, denials: &Denials, kept: &mut Kept, record: Record, now: Instant) {
+        match &record.what {
+            // At once: a task that ends is destroyed before its event is whole.
+            What::Domain { domain, creator } => {
+                self.owner_by(denials, *domain, creator);
+            }
+            What::Gone(domain) => {
+                while let Some(event) = kept.heard.oldest() {
+                    self.judge(denials, kept, event, now);
+                }
+                lock(&denials.domains).remove(domain);
+                return;
+            }
+            What::Denial(_) | What::Caller(_) | What::End => {}
+        }
+        if let Some(event) = kept.heard.take(record, now) {
+            self.judge(denials, kept, event, now);
+        }
+    }
+
     /// Tells of an event, or keeps it until its domain's task is known.
     fn judge(&self, denials: &Denials, kept: &mut Kept, event: Event, now: Instant) {
         let strange = &kept.strange;
@@ -235,7 +264,7 @@ impl TaskTable {
             let known = lock(&denials.domains).get(&denial.domain).cloned();
             let owner = match known {
                 Some(None) => continue,
-                Some(Some(id)) => self.find(&id),
+                Some(Some(task)) => Some(task),
                 None if is_strange(denial.domain) && event.creators.is_empty() => None,
                 None => self.owner_of(denials, &event, denial.domain),
             };
@@ -269,11 +298,7 @@ impl TaskTable {
                     };
                     kept.strange.push_back((since, rest));
                 } else {
-                    let mut domains = lock(&denials.domains);
-                    if domains.len() >= MOST_DOMAINS {
-                        domains.retain(|_, owner| owner.is_some());
-                    }
-                    domains.insert(denial.domain, None);
+                    denials.know(denial.domain, None);
                 }
             }
         }
@@ -292,27 +317,31 @@ impl TaskTable {
         });
     }
 
-    /// The task whose helper made the domain, and keeps it in mind.
+    /// The task whose domain it is.
     fn owner_of(&self, denials: &Denials, event: &Event, domain: u64) -> Option<Arc<Task>> {
-        if let Some(Some(id)) = lock(&denials.domains).get(&domain) {
-            return self.find(id);
+        if let Some(Some(task)) = lock(&denials.domains).get(&domain) {
+            return Some(task.clone());
         }
-        let creator = event.creators.iter().find(|(its, _)| *its == domain);
-        let task = match creator {
-            Some((_, Process { pid, name })) => {
-                if !name.as_bytes().starts_with(HELPERS.as_bytes()) {
-                    return None;
-                }
-                self.task_of(denials, *pid)?
-            }
-            // It was told while nobody listened, or got lost.
-            None => self.task_of(denials, event.caller.as_ref()?.pid)?,
-        };
-        if creator.is_some_and(|(_, creator)| creator.pid == task.main.pid) {
+        if let Some((_, creator)) = event.creators.iter().find(|(its, _)| *its == domain) {
+            return self.owner_by(denials, domain, creator);
+        }
+        // Its creator was told while nobody listened, or got lost.
+        let task = self.task_of(denials, event.caller.as_ref()?.pid)?;
+        denials.know(domain, Some(task.clone()));
+        Some(task)
+    }
+
+    /// The task whose helper made the domain, and keeps it in mind.
+    fn owner_by(&self, denials: &Denials, domain: u64, creator: &Process) -> Option<Arc<Task>> {
+        if !creator.name.as_bytes().starts_with(HELPERS.as_bytes()) {
+            return None;
+        }
+        let task = self.task_of(denials, creator.pid)?;
+        if creator.pid == task.main.pid {
             // It goes with the scope, as the domain does.
             let _ = task.cgroup.set_mark(Mark::Domain, &format!("{domain:x}"));
         }
-        lock(&denials.domains).insert(domain, Some(task.id.clone()));
+        denials.know(domain, Some(task.clone()));
         Some(task)
     }
 
@@ -372,8 +401,15 @@ impl TaskTable {
 
 /// The same for the same rights and path.
 fn number(denial: &Denial) -> u64 {
-    let path = denial.path.as_deref().map(|path| path.as_os_str().as_bytes());
-    let parts = [denial.blockers.join(",").as_bytes(), path.unwrap_or_default()].join(&0);
+    let path = denial
+        .path
+        .as_deref()
+        .map(|path| path.as_os_str().as_bytes());
+    let parts = [
+        denial.blockers.join(",").as_bytes(),
+        path.unwrap_or_default(),
+    ]
+    .join(&0);
     fnv1a(&parts)
 }
 

@@ -135,7 +135,10 @@ mod tests {
         assert_eq!(told.left_out(now + MINUTE, End::Ahead), None);
         // A minute later there are lines again, and in an hour events.
         assert_eq!(told.decide(20_000, now + MINUTE), Verdict::Line);
-        assert_eq!(told.decide(20_001, now + MINUTE * 60), Verdict::LineAndEvent);
+        assert_eq!(
+            told.decide(20_001, now + MINUTE * 60),
+            Verdict::LineAndEvent
+        );
     }
 
     #[test]

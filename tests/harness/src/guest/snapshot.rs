@@ -50,13 +50,7 @@ pub fn take(release: &Release, built: &Built) -> Result<Snapshot> {
     )?;
     let machine = MACHINE.join(" ");
     let arguments = qemu::kernel_arguments(release);
-    let key = cache::key(&[
-        &version,
-        &machine,
-        &arguments,
-        payload::IMAGE_SIZE,
-        SETTLE,
-    ]);
+    let key = cache::key(&[&version, &machine, &arguments, payload::IMAGE_SIZE, SETTLE]);
     let dir = cache::entry(built.dir(), "snapshot", &key, |dir| {
         progress::step(
             &format!("{}: booting once for the snapshot", release.codename),
