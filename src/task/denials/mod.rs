@@ -18,7 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use super::table::{Ended, Task, TaskTable, lock};
+use super::table::{Task, TaskTable, lock};
 use super::types::{TaskId, TaskRequest};
 use crate::audit::{self, Denial, Process, Record, What};
 use crate::cgroup::{Cgroup, Mark};
@@ -36,9 +36,8 @@ const BATCH: usize = 512;
 const BREATH: Duration = Duration::from_millis(10);
 /// How often what is kept is looked at again.
 const TICK: Duration = Duration::from_millis(200);
-/// How long it may take until the task of a domain is known, as the kernel may be heard before the helper; and until all that
-/// was denied to a task that has ended is heard.
-const SETTLED_AFTER: Duration = Duration::from_secs(5);
+/// How long it may take until the task of a domain is known: the kernel may be heard before the helper.
+const STRANGE_FOR: Duration = Duration::from_secs(5);
 const MOST_STRANGE: usize = 64;
 /// Beyond that, those of strangers and of tasks that have ended are forgotten.
 const MOST_DOMAINS: usize = 256;
@@ -292,7 +291,7 @@ impl TaskTable {
             for denial in &event.denials {
                 if let Some(task) = self.owner_of(denials, &event, denial.domain) {
                     self.tell_of(&mut kept.short, &task, denial, &event, now);
-                } else if now.duration_since(since) < SETTLED_AFTER {
+                } else if now.duration_since(since) < STRANGE_FOR {
                     let rest = Event {
                         denials: vec![denial.clone()],
                         ..event.clone()
@@ -304,12 +303,9 @@ impl TaskTable {
             }
         }
         kept.short.retain(|task| {
-            // What it was denied last may not be read yet.
-            let is_past =
-                |ended: &Ended| ended.at.elapsed().is_ok_and(|time| time >= SETTLED_AFTER);
             let end = match task.ended() {
-                Some(ended) if is_past(&ended) => End::Reached,
-                _ => End::Ahead,
+                Some(_) => End::Reached,
+                None => End::Ahead,
             };
             match lock(&task.denials).left_out(now, end) {
                 Some(count) => {

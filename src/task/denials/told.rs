@@ -13,6 +13,8 @@ const LINES: Rate = Rate {
     most: 20,
     within: Duration::from_secs(60),
 };
+/// What a task was denied last is heard within this after its end.
+const QUIET: Duration = Duration::from_secs(5);
 /// Different denials that are known again.
 const MOST_KNOWN: usize = 512;
 
@@ -30,6 +32,7 @@ pub(in super::super) struct Told {
     lines: Window,
     /// Denials without a line that no line has told of yet.
     left_out: u64,
+    last_left_out: Option<Instant>,
 }
 
 /// What becomes of a denial.
@@ -54,6 +57,7 @@ impl Told {
         }
         if self.lines.next(LINES, now) > LINES.most {
             self.left_out += 1;
+            self.last_left_out = Some(now);
             return Verdict::LeftOut;
         }
         if self.known.len() < MOST_KNOWN {
@@ -66,9 +70,11 @@ impl Told {
         }
     }
 
-    /// How many had no line, once that can be told: when new ones would have, or at the task's end.
+    /// How many had no line, once that can be told: when new ones would have, or when no more are heard after the task's end.
     pub(super) fn left_out(&mut self, now: Instant, end: End) -> Option<u64> {
-        let is_time = end == End::Reached || self.lines.is_over(LINES, now);
+        let last = self.last_left_out;
+        let is_quiet = last.is_none_or(|last| now.duration_since(last) >= QUIET);
+        let is_time = (end == End::Reached && is_quiet) || self.lines.is_over(LINES, now);
         (is_time && self.left_out > 0).then(|| std::mem::take(&mut self.left_out))
     }
 }
@@ -147,6 +153,8 @@ mod tests {
         for one in 0..30 {
             told.decide(one, now);
         }
-        assert_eq!(told.left_out(now, End::Reached), Some(10));
+        assert_eq!(told.left_out(now, End::Reached), None);
+        assert_eq!(told.left_out(now + QUIET, End::Ahead), None);
+        assert_eq!(told.left_out(now + QUIET, End::Reached), Some(10));
     }
 }
