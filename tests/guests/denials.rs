@@ -237,7 +237,7 @@ fn of_many_denials_few_are_told(context: &Context) -> Result<()> {
         ensure!(events.len() <= 5 * windows && events.contains(&hint), "{events:?}");
         let lines = lines(&unit)?;
         let minutes = 1 + begun.elapsed().as_secs() as usize / 60;
-        ensure!(lines.len() <= 21 * minutes && lines.len() > 20, "{}", lines.len());
+        ensure!(lines.len() <= 21 * minutes && lines.len() > 20, "{:#?}", lines.iter().map(|line| line["MESSAGE"].to_string()).collect::<Vec<_>>());
         alloc.stop().await?;
         agent.finish().await
     })

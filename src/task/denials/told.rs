@@ -33,6 +33,8 @@ pub(in super::super) struct Told {
     /// Denials without a line that no line has told of yet.
     left_out: u64,
     last_left_out: Option<Instant>,
+    /// When it was last told how many.
+    counted: Option<Instant>,
 }
 
 /// What becomes of a denial.
@@ -75,7 +77,12 @@ impl Told {
         let last = self.last_left_out;
         let is_quiet = last.is_none_or(|last| now.duration_since(last) >= QUIET);
         let is_time = (end == End::Reached && is_quiet) || self.lines.is_over(LINES, now);
-        (is_time && self.left_out > 0).then(|| std::mem::take(&mut self.left_out))
+        let is_counted = |counted: Instant| now.duration_since(counted) < LINES.within;
+        if !is_time || self.left_out == 0 || self.counted.is_some_and(is_counted) {
+            return None;
+        }
+        self.counted = Some(now);
+        Some(std::mem::take(&mut self.left_out))
     }
 }
 
