@@ -17,6 +17,8 @@ pub enum Mark {
     Stopping,
     /// How many kills of the OOM killer an event has told of.
     OomKillsTold,
+    /// The kernel's number of its Landlock domain, which it tells only once.
+    Domain,
 }
 
 impl Mark {
@@ -25,6 +27,7 @@ impl Mark {
             Mark::Owner => "trusted.nomad-driver-exec2.owner",
             Mark::Stopping => "trusted.nomad-driver-exec2.stopping",
             Mark::OomKillsTold => "trusted.nomad-driver-exec2.oom-kills-told",
+            Mark::Domain => "trusted.nomad-driver-exec2.domain",
         }
     }
 }

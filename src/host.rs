@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use crate::audit::{self, Audit};
 use crate::cgroup::{self, Cgroup};
+use crate::plan::denials::FIRST_ABI;
 use crate::plan::files::Resolver;
 use crate::plan::limits::{self, Compute, QuotaGrain};
 
@@ -47,6 +49,8 @@ pub struct Host {
     pub has_cpuset: bool,
     /// Landlock's ABI; `None` if the kernel has none or it is off.
     pub landlock_abi: Option<u32>,
+    /// `None` where Landlock tells it nothing.
+    pub audit: Option<Audit>,
 }
 
 /// sd_booted(3).
@@ -62,13 +66,16 @@ impl Host {
                 .as_ref()
                 .is_ok_and(|all| all.iter().any(|one| one == name))
         };
+        let landlock_abi = crate::sys::landlock_abi();
+        let tells = landlock_abi.is_some_and(|abi| abi >= FIRST_ABI);
         Self {
             is_root: nix::unistd::geteuid().is_root(),
             runs_systemd: runs_systemd(),
             is_unified: controllers.is_ok(),
             missing_controllers: CONTROLLERS.into_iter().filter(|name| !has(name)).collect(),
             has_cpuset: has("cpuset"),
-            landlock_abi: crate::sys::landlock_abi(),
+            landlock_abi,
+            audit: tells.then(audit::status),
         }
     }
 
@@ -119,6 +126,19 @@ impl Host {
     pub fn degraded(&self) -> Vec<&'static str> {
         let lacks = [self.ungoverned(), self.cpuset_lack()];
         lacks.into_iter().flatten().collect()
+    }
+
+    /// Why nobody hears what Landlock denies; nothing if somebody does.
+    pub fn denials_lack(&self) -> Option<&'static str> {
+        match self.audit {
+            Some(Audit::On) => None,
+            None => Some("Landlock tells of none before ABI 7 (Linux 6.15)"),
+            Some(Audit::Off) => Some(
+                "kernel audit is off; auditctl -e 1 turns it on, for tasks that run already, too",
+            ),
+            Some(Audit::Absent) => Some("there is no kernel audit; boot with audit=1"),
+            Some(Audit::Refused) => Some("kernel audit is not told to this process"),
+        }
     }
 
     pub fn cpuset_lack(&self) -> Option<&'static str> {
@@ -212,6 +232,7 @@ mod tests {
         missing_controllers: Vec::new(),
         has_cpuset: true,
         landlock_abi: Some(6),
+        audit: None,
     };
 
     #[test]

@@ -9,10 +9,11 @@
 //! - [`task`] is the life of a task: it acts on plans, through the next three.
 //! - [`systemd`] is PID 1's side: scopes over D-Bus. [`cgroup`] reads a scope's files.
 //! - [`launch`] is the helper: from a parked process inside the scope to the command's exec, then its supervisor.
-//! - [`host`], [`mountinfo`] and [`users`] look facts up. [`record`] is how a task's end is kept, [`text`] the only way a job's words leave
+//! - [`host`], [`mountinfo`] and [`users`] look facts up, [`audit`] hears what Landlock denies. [`record`] is how a task's end is kept, [`text`] the only way a job's words leave
 //!   us, [`sys`] the calls that no library has, and the only unsafe code. [`breakpoint`] is for tests.
 
 pub mod agent;
+pub mod audit;
 pub mod breakpoint;
 pub mod cgroup;
 pub mod cli;

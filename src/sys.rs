@@ -442,15 +442,9 @@ pub fn install_filter(program: &[libc::sock_filter]) -> io::Result<()> {
 }
 
 /// Restricts the calling thread, and whatever it will execute, with a ruleset that somebody made. Needs no_new_privs.
-pub fn landlock_restrict_self(ruleset: BorrowedFd<'_>) -> io::Result<()> {
-    const NO_FLAGS: c_uint = 0;
+pub fn landlock_restrict_self(ruleset: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
     // SAFETY: integers only; the descriptor is open for the whole call.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_landlock_restrict_self,
-            ruleset.as_raw_fd(),
-            NO_FLAGS,
-        )
-    };
+    let result =
+        unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), flags) };
     zero(result)
 }

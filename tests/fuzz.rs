@@ -1,7 +1,9 @@
 //! Whatever reads bytes of others, with inputs near to real ones: jobs' and operators' configuration, what is kept on disk, what
-//! systemd answers. One test per target; each holds a parser to more than not to panic.
+//! systemd answers and the kernel logs. One test per target; each holds a parser to more than not to panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "fuzz/audit.rs"]
+mod audit;
 #[path = "fuzz/bus.rs"]
 mod bus;
 #[path = "fuzz/kept.rs"]

@@ -19,11 +19,16 @@ struct Room {
     crates: &'static [&'static str],
 }
 
-const ROOMS: [Room; 17] = [
+const ROOMS: [Room; 18] = [
     Room {
         name: "sys",
         rooms: &[],
         crates: &["libc", "nix", "rustix", "tokio"],
+    },
+    Room {
+        name: "audit",
+        rooms: &[],
+        crates: &["rustix"],
     },
     Room {
         name: "breakpoint",
@@ -68,7 +73,14 @@ const ROOMS: [Room; 17] = [
     },
     Room {
         name: "host",
-        rooms: &["cgroup", "plan::files", "plan::limits", "sys"],
+        rooms: &[
+            "audit",
+            "cgroup",
+            "plan::denials",
+            "plan::files",
+            "plan::limits",
+            "sys",
+        ],
         crates: &["nix"],
     },
     Room {
@@ -100,6 +112,7 @@ const ROOMS: [Room; 17] = [
     Room {
         name: "task",
         rooms: &[
+            "audit",
             "breakpoint",
             "cgroup",
             "config",

@@ -8,5 +8,6 @@ plugin "nomad-driver-exec2" {
     allow_user_namespaces = false
     pids_max              = 16384
     signal_all            = false
+    report_denials        = true # what Landlock denies to tasks is in the host's audit log, too, where audit is on
   }
 }

@@ -15,6 +15,7 @@ pub struct PluginConfig {
     pub allow_user_namespaces: bool,
     pub pids_max: u32,
     pub signal_all: bool,
+    pub report_denials: bool,
 }
 
 impl Default for PluginConfig {
@@ -28,6 +29,7 @@ impl Default for PluginConfig {
             allow_user_namespaces: false,
             pids_max: 16_384,
             signal_all: false,
+            report_denials: true,
         }
     }
 }

@@ -133,6 +133,12 @@ pub const PLUGIN: &[Key] = &[
         presence: Presence::Default("false"),
         doc: "Send Nomad's signals (`kill_signal`, `change_signal`, `nomad alloc signal`) to every process of a task, not to its main process alone.",
     },
+    Key {
+        name: "report_denials",
+        kind: Kind::Bool,
+        presence: Presence::Default("true"),
+        doc: "Tell what Landlock denies to a task, and what would allow it, in its events and its unit's journal; from Linux 6.15 on, while kernel audit is on.",
+    },
 ];
 
 /// `task { config { … } }`.

@@ -7,15 +7,15 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use landlock::{
-    ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset,
-    RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
+    ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, RestrictSelfAttr,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
 use rustix::fs::{FileType, OFlags, Stat, fstat, stat};
 use rustix::io::Errno;
 
 use super::place::TaskRoot;
 use super::report::{At, Failure};
-use crate::plan::steps::{Access, Order, Place, Rule, Source, Step};
+use crate::plan::steps::{Access, Denials, Order, Place, Rule, Source, Step};
 
 /// Since kernels 5.19 and 6.2. An older one denies every rename between directories, and governs no truncation.
 const LATER: BitFlags<AccessFs> = make_bitflags!(AccessFs::{Refer | Truncate});
@@ -126,10 +126,16 @@ impl Rules {
     }
 
     /// Sets no_new_privs and restricts the calling thread, for good.
-    pub fn restrict(self) -> Result<(), Failure> {
+    pub fn restrict(self, denials: Denials) -> Result<(), Failure> {
+        let (new_exec, subdomains) = (
+            denials == Denials::Logged,
+            // A program's own sandbox inside of ours is its own affair, and no entry of a job would allow what that denies.
+            denials == Denials::Unlogged,
+        );
         let status = self
             .ruleset
-            .restrict_self()
+            .log_new_exec(new_exec)
+            .and_then(|ruleset| ruleset.log_subdomains(subdomains)?.restrict_self())
             .map_err(|error| refused(Step::Restrict, &error))?;
         if status.ruleset == RulesetStatus::NotEnforced || !status.no_new_privs {
             return Err(
@@ -137,6 +143,16 @@ impl Rules {
             );
         }
         Ok(())
+    }
+}
+
+/// For landlock_restrict_self(2) itself, what [`Rules::restrict`] asks the library for.
+pub(super) fn log_flags(denials: Denials) -> u32 {
+    const LOG_NEW_EXEC_ON: u32 = 1 << 1;
+    const LOG_SUBDOMAINS_OFF: u32 = 1 << 2;
+    match denials {
+        Denials::Logged => LOG_NEW_EXEC_ON | LOG_SUBDOMAINS_OFF,
+        Denials::Unlogged => 0,
     }
 }
 
@@ -259,6 +275,7 @@ fn errno_of(error: &(dyn Error + 'static)) -> i32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::denials::letters;
 
     fn mode(letters: &str) -> Access {
         Access {
@@ -292,6 +309,26 @@ mod tests {
                 granted,
                 "{letters} on {kind:?}"
             );
+        }
+    }
+
+    #[test]
+    fn letters_that_are_told_to_give_a_right_give_it() {
+        let all = AccessFs::from_all(ABI::V3);
+        for right in all {
+            // As the kernel's log names it.
+            let mut name = String::from("fs.");
+            for (index, letter) in format!("{right:?}").char_indices() {
+                if letter.is_uppercase() && index > 0 {
+                    name.push('_');
+                }
+                name.push(letter.to_ascii_lowercase());
+            }
+            let letters = letters(&name);
+            let granted = rights(mode(letters), FileType::Directory);
+            let is_grantable = rights(mode("rwxc"), FileType::Directory).contains(right);
+            assert_eq!(granted.contains(right), is_grantable, "{name}: {letters:?}");
+            assert_eq!(letters.is_empty(), !is_grantable, "{name}");
         }
     }
 

@@ -39,8 +39,9 @@ const DESCRIPTORS: usize = 250;
 pub enum Message {
     /// Everything that charges nothing to the task is done: the helper waits for `release`.
     Parked,
-    /// The command was executed. A pidfd of the main process comes with it; with a session's, its terminal, if it has one.
-    Started,
+    /// The command was executed. A pidfd of the main process comes with it; with a session's, its pid on the host, and its
+    /// terminal, if it has one.
+    Started(Option<i32>),
     /// The command was not executed, and nothing of the task is left.
     Failed(Failure),
     /// A session's command ended, and whatever it started was killed. A wait(2) status.
@@ -155,7 +156,8 @@ pub fn receive(control: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd
     };
     let message = match packet.tag {
         PARKED => Message::Parked,
-        STARTED => Message::Started,
+        STARTED if packet.body.is_empty() => Message::Started(None),
+        STARTED => Message::Started(Some(packet.number()?)),
         FAILED => Message::Failed(packet.failure()?),
         ENDED => Message::Ended(packet.number()?),
         EXEC_FAILED => Message::Failed(Failure::new(Step::Spawn, packet.number()?)),
@@ -210,12 +212,13 @@ pub(super) fn started(control: impl AsFd, main: BorrowedFd<'_>) -> io::Result<()
     send(control, STARTED, &[], &[main])
 }
 
-/// Session's helper: the command runs, and this is its terminal.
+/// Session's helper: the command runs as this process, and this is its terminal.
 pub(super) fn session_started(
     control: impl AsFd,
+    pid: i32,
     terminal: Option<BorrowedFd<'_>>,
 ) -> io::Result<()> {
-    send(control, STARTED, &[], terminal.as_slice())
+    send(control, STARTED, &pid.to_le_bytes(), terminal.as_slice())
 }
 
 /// Session's helper: nothing of it runs any more.

@@ -63,7 +63,7 @@ pub(super) fn become_task(prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     rules.open_own(&order, &root)?;
     rules.hold(|descriptors| report::hold(channel, descriptors))?;
     breakpoint::at(Step::Restrict);
-    rules.restrict()?;
+    rules.restrict(order.denials)?;
     breakpoint::at(Step::Signals);
     // Signals were reset when the helper began, where it cost the task nothing; no code since has changed them.
     set_limits(order.open_files)?;

@@ -1,6 +1,7 @@
 //! Pure: configuration in, one `Plan` out that says everything that will happen. No I/O, no clock, no environment.
 
 pub mod capabilities;
+pub mod denials;
 pub mod environment;
 pub mod files;
 pub mod limits;
@@ -45,6 +46,8 @@ pub struct Facts {
     pub agent_unit: Option<String>,
     /// RLIMIT_NOFILE, soft and hard, that the plugin was started with.
     pub open_files: (u64, u64),
+    /// `None` is a kernel without.
+    pub landlock_abi: Option<u32>,
 }
 
 /// Everything that will happen when a task starts.
@@ -162,6 +165,7 @@ impl Plan {
             user_namespaces: user_namespaces(config, &rules),
             rules,
             open_files: facts.open_files,
+            denials: denials::logged(config, facts.landlock_abi),
         };
         Ok(Self {
             unit,
@@ -403,6 +407,7 @@ mod tests {
             share_cpus: None,
             agent_unit: Some("nomad.service".into()),
             open_files: (1024, 4096),
+            landlock_abi: Some(7),
         }
     }
 

@@ -192,6 +192,16 @@ pub struct Order {
     pub user_namespaces: UserNamespaces,
     /// Soft and hard RLIMIT_NOFILE that the plugin was started with, given back to the task.
     pub open_files: (u64, u64),
+    #[serde(default)]
+    pub denials: Denials,
+}
+
+/// Whether the kernel logs what Landlock denies, while audit is on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Denials {
+    #[default]
+    Unlogged,
+    Logged,
 }
 
 impl Order {
@@ -245,6 +255,8 @@ pub struct Identity {
     pub open_files: (u64, u64),
     #[serde(default)]
     pub user_namespaces: UserNamespaces,
+    #[serde(default)]
+    pub denials: Denials,
 }
 
 /// M, the task's own directory, which the task sees at `path`: parent of local, alloc, secrets and tmp.

@@ -165,7 +165,7 @@ pub fn own_place(path: &Path, aliases: &[Alias]) -> Option<PathBuf> {
 
 /// The same place for `/a/b`, `/a//b/` and `/a/./b`, and for `b` and `./b`. Links are left to the kernel, which unites what leads
 /// to one file.
-fn spelled_once(place: &Place) -> Place {
+pub(super) fn spelled_once(place: &Place) -> Place {
     let plain = |path: &Path| {
         let parts = path.components();
         parts.filter(|part| *part != Component::CurDir).collect()
@@ -322,7 +322,7 @@ fn place(path: &str) -> Result<Place, &'static str> {
     Ok(Place::Task(PathBuf::from(path)))
 }
 
-fn letters(mode: &str) -> Access {
+pub(super) fn letters(mode: &str) -> Access {
     let has = |letter| mode.contains(letter);
     Access {
         read: has('r'),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use super::log::of_task;
 use super::table::{Ended, Task, TaskTable};
 use super::types::{Names, Severity, TaskEvent, TaskId};
+use crate::plan::denials::{Denied, Remedy};
 use crate::plan::unit::UnitName;
 
 impl TaskTable {
@@ -45,6 +46,54 @@ impl TaskTable {
     pub(super) fn warn(&self, id: &TaskId, names: &Names, unit: &UnitName, message: String) {
         of_task!(warn, names, unit, "{message}");
         self.send(id, names, unit, Severity::Warning, message);
+    }
+
+    /// In the journal: of what Landlock denied there can be much, and Nomad keeps few events.
+    pub(super) fn tell_denial(&self, task: &Task, denied: &Denied<'_>, remedy: &Remedy) {
+        of_task!(
+            info,
+            task.names,
+            task.unit,
+            access = %denied.access(),
+            path = %denied.shown_path(),
+            entry = %remedy.shown_entry(),
+            "{}",
+            denied.sentence(remedy)
+        );
+    }
+
+    pub(super) fn event_of_denial(&self, task: &Task, denied: &Denied<'_>, remedy: &Remedy) {
+        let message = denied.sentence(remedy);
+        self.send(
+            &task.id,
+            &task.names,
+            &task.unit,
+            Severity::Warning,
+            message,
+        );
+    }
+
+    pub(super) fn event_of_more_denials(&self, task: &Task) {
+        let message = format!(
+            "Landlock denied more; journalctl -u {} tells what",
+            task.unit
+        );
+        self.send(
+            &task.id,
+            &task.names,
+            &task.unit,
+            Severity::Warning,
+            message,
+        );
+    }
+
+    pub(super) fn tell_left_out(&self, task: &Task, count: u64) {
+        of_task!(
+            info,
+            task.names,
+            task.unit,
+            "Landlock denied {count} times more, which is left out here"
+        );
     }
 
     fn send(

@@ -12,6 +12,7 @@ use super::types::{DriverError, TaskRequest};
 use crate::host;
 use crate::plan::files::Resolver;
 use crate::plan::{Facts, Plan};
+use crate::sys;
 use crate::users::{self, Account, UserError};
 
 /// How long a user or a directory may take to be looked up.
@@ -71,6 +72,7 @@ impl TaskTable {
             share_cpus: self.share_cpus(),
             agent_unit,
             open_files: self.shared.open_files,
+            landlock_abi: sys::landlock_abi(),
         };
         Plan::new(&settings.config, request, &facts)
             .map_err(|error| DriverError::Permanent(error.to_string()))

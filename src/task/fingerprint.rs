@@ -78,6 +78,10 @@ fn fingerprint(host: &Host, systemd: &Result<String, String>, settings: &Setting
             Attribute::Text(env!("CARGO_PKG_VERSION").into()),
         ),
         ("driver.exec2.landlock.abi", Attribute::Integer(abi)),
+        (
+            "driver.exec2.denials",
+            Attribute::Bool(settings.config.report_denials && host.denials_lack().is_none()),
+        ),
         // An empty string takes back what an earlier fingerprint said.
         (
             "driver.exec2.systemd.version",

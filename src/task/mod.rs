@@ -2,6 +2,7 @@
 
 mod copies;
 mod cpus;
+mod denials;
 mod dir;
 mod driver;
 mod events;

@@ -8,6 +8,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use tokio::sync::{Semaphore, watch};
 
+use super::denials::Asked;
 use super::log::of_task;
 use super::start::ERROR_BYTES;
 use super::state::{DriverState, Process, boot_id, invocation_id};
@@ -119,6 +120,8 @@ fn revive(
         oom_kills_told: Mutex::new(told.unwrap_or(0)),
         oom_turn: Arc::new(Semaphore::new(1)),
         sessions: Arc::new(Semaphore::new(exec::MOST_SESSIONS)),
+        denials: Mutex::default(),
+        asked: Asked::by(request),
         exit: watch::Sender::new(None),
         cgroup,
         unit,

@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 
 use super::cpus;
+use super::denials::Asked;
 use super::events::Phases;
 use super::exec;
 use super::helper::{Helper, failed};
@@ -97,6 +98,8 @@ impl TaskTable {
     ) -> Result<Started, DriverError> {
         let mut phases = Phases::new();
         breakpoint::at(Step::Plan);
+        // Before anything of the task could be denied.
+        self.denials();
         takeover::expect_no_copy(&request)?;
         self.end_copies(&request).await?;
         let mut plan = self.plan(&request).await?;
@@ -137,7 +140,7 @@ impl TaskTable {
             match parked? {
                 (Message::Parked, _) => {}
                 (Message::Failed(failure), _) => return Err(failed(&failure)),
-                (Message::Started | Message::Ended(_), _) => {
+                (Message::Started(_) | Message::Ended(_), _) => {
                     return Err(DriverError::Permanent(
                         "the helper started before it was released".into(),
                     ));
@@ -176,7 +179,7 @@ impl TaskTable {
                 DriverError::Transient(format!("the helper cannot be released: {error}"))
             })?;
             match helper.next().await? {
-                (Message::Started, Some(main)) => {
+                (Message::Started(_), Some(main)) => {
                     for difference in differences {
                         self.warn(&request.id, &request.names, &plan.unit, difference);
                     }
@@ -363,6 +366,8 @@ fn assemble(
         oom_turn: Arc::new(Semaphore::new(1)),
         sessions: Arc::new(Semaphore::new(exec::MOST_SESSIONS)),
         cpus: Mutex::new(plan.limits.allowed_cpus.clone()),
+        denials: Mutex::default(),
+        asked: Asked::by(request),
         exit: watch::Sender::new(None),
     };
     Ok((task, state))

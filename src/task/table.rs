@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tracing::warn;
 
+use super::denials::{Asked, Denials, Told};
 use super::fingerprint;
 use super::state::Process;
 use super::types::{DriverError, ExitResult, Fingerprint, Names, TaskEvent, TaskId};
@@ -54,6 +55,8 @@ pub(super) struct Shared {
     pub(super) cpus_changed: Notify,
     /// Of cgroup files, from the first task on; `None` if there can be none.
     pub(super) watches: OnceLock<Option<Arc<Watches>>>,
+    /// Likewise, of what Landlock denies.
+    pub(super) denials: OnceLock<Option<Arc<Denials>>>,
 }
 
 /// What SetConfig brought.
@@ -96,6 +99,9 @@ pub(super) struct Task {
     pub(super) oom_turn: Arc<Semaphore>,
     /// A permit for each session that may be opened besides those that are.
     pub(super) sessions: Arc<Semaphore>,
+    /// What is told of what was denied to it.
+    pub(super) denials: Mutex<Told>,
+    pub(super) asked: Asked,
     pub(super) exit: watch::Sender<Option<Ended>>,
 }
 
@@ -124,6 +130,7 @@ impl TaskTable {
             owner: Mutex::default(),
             cpus_changed: Notify::new(),
             watches: OnceLock::new(),
+            denials: OnceLock::new(),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -163,6 +170,15 @@ impl TaskTable {
             .values()
             .filter_map(running)
             .collect()
+    }
+
+    /// Those that have ended, too.
+    pub(super) fn all(&self) -> Vec<Arc<Task>> {
+        let task = |entry: &Entry| match entry {
+            Entry::Running(task) => Some(task.clone()),
+            Entry::Starting => None,
+        };
+        lock(&self.shared.table).values().filter_map(task).collect()
     }
 
     /// Ends what `follow` began for a task that has ended.
@@ -224,6 +240,9 @@ impl TaskTable {
             watches.add_task(&task);
             // Of what happened before there was a watch.
             self.look_for_kills(task.clone());
+        }
+        if let Some(denials) = self.denials() {
+            denials.recall(&task);
         }
         self.shared.cpus_changed.notify_one();
         self.watch(task);

@@ -128,6 +128,7 @@ fn plugin_config() {
                     ("allow_user_namespaces", given.allow_user_namespaces.into()),
                     ("pids_max", given.pids_max.into()),
                     ("signal_all", given.signal_all.into()),
+                    ("report_denials", given.report_denials.into()),
                 ];
                 assert_eq!(
                     PluginConfig::decode(&encode(schema::PLUGIN, &values)).unwrap(),
@@ -326,6 +327,7 @@ fn facts() -> Facts {
         share_cpus: None,
         agent_unit: Some("nomad.service".into()),
         open_files: (1024, 4096),
+        landlock_abi: Some(7),
     }
 }
 

@@ -106,7 +106,7 @@ impl Talk {
         })
     }
 
-    async fn shell(agent: &Agent, task: &Task, script: &str) -> Result<Talk> {
+    pub async fn shell(agent: &Agent, task: &Task, script: &str) -> Result<Talk> {
         Ok(Talk::open(agent, &task.id(), shell(script), Terminal::No).await?)
     }
 
@@ -166,7 +166,7 @@ impl Talk {
             .with_context(|| format!("no exit after {:?}", self.said()))
     }
 
-    async fn ends_with(mut self, code: i32) -> Result<String> {
+    pub async fn ends_with(mut self, code: i32) -> Result<String> {
         let seen = self.end().await?;
         ensure!(seen == code, "{seen}, not {code}: {}", self.said());
         Ok(self.said())

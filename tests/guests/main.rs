@@ -13,6 +13,7 @@ mod check;
 mod compat;
 mod cores;
 mod dbus;
+mod denials;
 mod endurance;
 mod examples;
 mod exec;
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
         transcripts::CASES,
         check::CASES,
         dbus::CASES,
+        denials::CASES,
         // Last: they take the guest's journal and bus away for a while.
         journal::CASES,
         fitness::CASES,

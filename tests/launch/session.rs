@@ -71,7 +71,7 @@ impl Session {
             terminal: None,
         };
         match session.next() {
-            Some((Message::Started, terminal)) => {
+            Some((Message::Started(Some(_)), terminal)) => {
                 session.terminal = terminal.map(File::from);
                 Ok(session)
             }

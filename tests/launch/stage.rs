@@ -15,7 +15,9 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nomad_driver_exec2::launch::report::{Failure, Message, commit, receive, release};
 use nomad_driver_exec2::launch::{Parked, spawn};
 use nomad_driver_exec2::plan::capabilities::{Capabilities, Subject};
-use nomad_driver_exec2::plan::steps::{Order, Place, Rule, Source, Stdio, TaskDir, UserNamespaces};
+use nomad_driver_exec2::plan::steps::{
+    Denials, Order, Place, Rule, Source, Stdio, TaskDir, UserNamespaces,
+};
 use nomad_driver_exec2::plan::unveil::{self, Alias, ByTask, Defaults, Gate};
 use nomad_driver_exec2::record::{self, Exit, Record};
 use rustix::process::{Resource, Signal, getrlimit, pidfd_send_signal};
@@ -143,6 +145,7 @@ impl Stage {
             rules,
             open_files: (number(limit.current), number(limit.maximum)),
             user_namespaces: UserNamespaces::Refused,
+            denials: Denials::Unlogged,
         }
     }
 
@@ -302,7 +305,7 @@ impl<'a> Helper<'a> {
     pub fn go_uncommitted(mut self) -> Result<Task<'a>, Failure> {
         release(&self.control).unwrap();
         match self.next() {
-            Some((Message::Started, Some(main))) => Ok(Task {
+            Some((Message::Started(None), Some(main))) => Ok(Task {
                 supervisor: self.supervisor,
                 main,
                 control: Some(self.control),

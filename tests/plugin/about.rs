@@ -82,6 +82,10 @@ async fn both_schemas_are_those_of_exec2() {
         ),
         ("pids_max", defaulted("pids_max", "number", "16384")),
         ("signal_all", defaulted("signal_all", "bool", "false")),
+        (
+            "report_denials",
+            defaulted("report_denials", "bool", "true"),
+        ),
     ]);
     assert_eq!(plugin.spec, Some(expected));
     let task: wire::TaskConfigSchemaResponse = served

@@ -46,6 +46,7 @@ pub fn lines(host: &Host, facts: &Facts) -> Vec<Line> {
     }];
     lines.push(kernel(&facts.kernel));
     lines.push(landlock(host, facts));
+    lines.push(denials(host));
     lines.push(judge(
         "cgroup",
         Need::Unified,
@@ -125,6 +126,15 @@ fn landlock(host: &Host, facts: &Facts) -> Line {
     }
 }
 
+/// No fault of a host: tasks run all the same.
+fn denials(host: &Host) -> Line {
+    let found = match host.denials_lack() {
+        None => "kernel audit is on, and what Landlock denies is told".to_owned(),
+        Some(lack) => format!("not told: {lack}"),
+    };
+    Line::ok("denials", found)
+}
+
 fn bus(host: &Host, facts: &Facts) -> Line {
     if let Some(sentence) = host.lack(Need::Bus, &facts.systemd) {
         return Line::error("bus", sentence);
@@ -149,6 +159,7 @@ fn bus(host: &Host, facts: &Facts) -> Line {
 mod tests {
     use super::super::report::Status;
     use super::*;
+    use crate::audit::Audit;
 
     const FIT: Host = Host {
         is_root: true,
@@ -157,6 +168,7 @@ mod tests {
         missing_controllers: Vec::new(),
         has_cpuset: true,
         landlock_abi: Some(6),
+        audit: None,
     };
 
     fn facts() -> Facts {
@@ -178,11 +190,35 @@ mod tests {
     #[test]
     fn a_fit_host_has_a_line_for_each_fact() {
         let lines = lines(&FIT, &facts());
-        assert_eq!(lines.len(), 10, "{lines:?}");
+        assert_eq!(lines.len(), 11, "{lines:?}");
         assert!(
             lines.iter().all(|line| line.status == Status::Ok),
             "{lines:?}"
         );
+    }
+
+    #[test]
+    fn whether_denials_are_told_is_told_with_what_it_needs() {
+        for (audit, found) in [
+            (None, "not told: Landlock tells of none before ABI 7"),
+            (
+                Some(Audit::Off),
+                "not told: kernel audit is off; auditctl -e 1",
+            ),
+            (
+                Some(Audit::Absent),
+                "not told: there is no kernel audit; boot",
+            ),
+            (
+                Some(Audit::Refused),
+                "not told: kernel audit is not told to",
+            ),
+            (Some(Audit::On), "kernel audit is on"),
+        ] {
+            let line = denials(&Host { audit, ..FIT });
+            assert!(line.found.starts_with(found), "{line:?}");
+            assert_eq!(line.status, Status::Ok);
+        }
     }
 
     #[test]

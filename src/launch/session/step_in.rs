@@ -12,6 +12,7 @@ use rustix::process::{DumpableBehavior, ioctl_tiocsctty, set_dumpable_behavior, 
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use super::super::confine::log_flags;
 use super::super::exec::Command;
 use super::super::place::{TaskRoot, open_resolved};
 use super::super::report::{self, At, Failure};
@@ -91,7 +92,8 @@ pub(super) fn step_in(mut prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     breakpoint::at(SessionStep::TakeRules);
     rustix::thread::set_no_new_privs(true).at(Step::Restrict)?;
     // The domain that this makes is a sibling of the task's, with the same rights.
-    sys::landlock_restrict_self(prepared.ruleset.as_fd()).at(Step::Restrict)?;
+    sys::landlock_restrict_self(prepared.ruleset.as_fd(), log_flags(task.denials))
+        .at(Step::Restrict)?;
     breakpoint::at(SessionStep::Execute);
     report::session_ready(channel, terminal.as_ref().map(AsFd::as_fd)).at(Step::Session)?;
     sys::close_on_exec_from(3).at(Step::Signals)?;

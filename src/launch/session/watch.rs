@@ -54,7 +54,11 @@ pub(super) fn run(watch: Watch) -> ! {
     match started(&control, &channel) {
         Ok(Some(terminal)) => {
             drop(channel);
-            let told = report::session_started(&control, terminal.as_ref().map(AsFd::as_fd));
+            let told = report::session_started(
+                &control,
+                child.as_raw_pid(),
+                terminal.as_ref().map(AsFd::as_fd),
+            );
             drop(terminal);
             if told.is_ok() {
                 breakpoint::at(SessionStep::Watch);

@@ -132,7 +132,14 @@ impl TaskTable {
                     () = started.closed() => None,
                 };
                 match begun {
-                    Some(Ok((control, terminal))) => {
+                    Some(Ok(Begun {
+                        control,
+                        pid,
+                        terminal,
+                    })) => {
+                        if let (Some(denials), Some(pid)) = (self.denials(), pid) {
+                            denials.add_session(pid, &task);
+                        }
                         told_of(&task, &command, asked);
                         if started.send(Ok(())).is_ok() {
                             converse(control, streams.with(terminal), ends).await;
@@ -256,11 +263,23 @@ fn spawn(
 
 type Control = AsyncFd<OwnedFd>;
 
+/// A session whose command runs.
+#[derive(Debug)]
+struct Begun {
+    control: Control,
+    pid: Option<u32>,
+    terminal: Option<OwnedFd>,
+}
+
 /// Until the command is executed: the control socket, and the terminal if it has one.
-async fn begin(control: OwnedFd) -> Result<(Control, Option<OwnedFd>), DriverError> {
+async fn begin(control: OwnedFd) -> Result<Begun, DriverError> {
     let control = sys::readable(control).map_err(lost)?;
     match timeout(PATIENCE, next(&control)).await {
-        Ok(Ok(Some((Message::Started, terminal)))) => Ok((control, terminal)),
+        Ok(Ok(Some((Message::Started(pid), terminal)))) => Ok(Begun {
+            control,
+            pid: pid.and_then(|pid| u32::try_from(pid).ok()),
+            terminal,
+        }),
         Ok(Ok(Some((Message::Failed(failure), _)))) => Err(helper::failed(&failure)),
         Ok(Ok(_)) => Err(DriverError::Transient(
             "the session's helper ended before the command was executed; was it killed?".into(),

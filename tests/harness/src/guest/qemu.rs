@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use super::build::Built;
 use super::child::{self, Exit};
 use super::qmp::Monitor;
+use super::release::{Audit, Release};
 use super::snapshot::{self, Snapshot};
 use super::{Boot, Forward, Guest, GuestName, PAYLOAD_DIR};
 
@@ -37,8 +38,15 @@ pub const MACHINE: &[&str] = &[
     "virtio-net-pci,netdev=net,romfile=",
 ];
 
-pub const KERNEL_ARGUMENTS: &str = "root=/dev/vda rw fsck.mode=skip console=ttyS0 quiet systemd.show_status=0 audit=0 \
-                                    mitigations=off net.ifnames=0 random.trust_cpu=on";
+pub fn kernel_arguments(release: &Release) -> String {
+    let audit = match release.audit {
+        Audit::Never => "audit=0 ",
+        Audit::Off => "",
+    };
+    format!(
+        "root=/dev/vda rw fsck.mode=skip console=ttyS0 quiet systemd.show_status=0 {audit}mitigations=off net.ifnames=0 random.trust_cpu=on"
+    )
+}
 
 /// The last that a kernel says.
 pub(super) const PANIC: &str = "Kernel panic - not syncing";
@@ -72,6 +80,7 @@ pub struct Disks<'a> {
     pub payload: &'a Path,
     /// The saved state to go on from; without it the machine boots.
     pub state: Option<&'a Path>,
+    pub kernel_arguments: &'a str,
 }
 
 impl Machine {
@@ -106,7 +115,7 @@ impl Machine {
             .arg(built.kernel())
             .arg("-initrd")
             .arg(built.initrd())
-            .args(["-append", KERNEL_ARGUMENTS]);
+            .args(["-append", disks.kernel_arguments]);
         command
             .arg("-drive")
             .arg(drive(disks.system, "format=qcow2,cache=unsafe"));
@@ -247,6 +256,7 @@ impl Qemu {
             system: &disk,
             payload: &payload,
             state: Some(&state),
+            kernel_arguments: &kernel_arguments(name.release),
         };
         let mut machine = Machine::start(built, &disks, how.forwards, &scratch)?;
         machine.monitor.go_on(RESUME_PATIENCE)?;

@@ -18,6 +18,17 @@ pub struct Release {
     pub tier: Tier,
     /// Real programs that cases run as jobs. One release has them: they make it four times as large.
     pub programs: &'static [&'static str],
+    /// What of kernel audit its machines have.
+    pub audit: Audit,
+}
+
+/// Of a machine, by the arguments of its kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audit {
+    /// None until the next boot: it would only write.
+    Never,
+    /// Off, and a case may turn it on: this kernel's Landlock tells it of denials.
+    Off,
 }
 
 impl Release {
@@ -44,16 +55,19 @@ pub const RELEASES: &[Release] = &[
         codename: "trixie",
         tier: Tier::Test,
         programs: PROGRAMS,
+        audit: Audit::Never,
     },
     Release {
         codename: "bookworm",
         tier: Tier::Test,
         programs: &[],
+        audit: Audit::Never,
     },
     Release {
         codename: "sid",
         tier: Tier::Matrix,
         programs: &[],
+        audit: Audit::Off,
     },
 ];
 

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::build::Built;
 use super::child::{self, Exit};
-use super::qemu::{self, Disks, KERNEL_ARGUMENTS, MACHINE, Machine};
+use super::qemu::{self, Disks, MACHINE, Machine};
 use super::release::Release;
 use super::{cache, payload, progress};
 
@@ -49,23 +49,18 @@ pub fn take(release: &Release, built: &Built) -> Result<Snapshot> {
         BOOT_PATIENCE,
     )?;
     let machine = MACHINE.join(" ");
-    let key = cache::key(&[
-        &version,
-        &machine,
-        KERNEL_ARGUMENTS,
-        payload::IMAGE_SIZE,
-        SETTLE,
-    ]);
+    let arguments = qemu::kernel_arguments(release);
+    let key = cache::key(&[&version, &machine, &arguments, payload::IMAGE_SIZE, SETTLE]);
     let dir = cache::entry(built.dir(), "snapshot", &key, |dir| {
         progress::step(
             &format!("{}: booting once for the snapshot", release.codename),
-            || freeze(built, dir),
+            || freeze(built, dir, &arguments),
         )
     })?;
     Ok(Snapshot { dir })
 }
 
-fn freeze(built: &Built, dir: &Path) -> Result<()> {
+fn freeze(built: &Built, dir: &Path, kernel_arguments: &str) -> Result<()> {
     let disk = dir.join("disk.qcow2");
     // Relative to the new disk, which is renamed together with its directory.
     qemu::overlay(&Path::new("..").join(Built::DISK), "raw", &disk)?;
@@ -80,6 +75,7 @@ fn freeze(built: &Built, dir: &Path) -> Result<()> {
         system: &disk,
         payload: &blank,
         state: None,
+        kernel_arguments,
     };
     let mut machine = Machine::start(built, &disks, &[], dir)?;
     await_running(&machine).with_context(|| {

@@ -1,0 +1,421 @@
+//! What Landlock denies to tasks, told: as events, and in the journal of the task's unit. The kernel's records name a domain; whose
+//! that is, is told once, with the first denial of it.
+
+mod heard;
+mod told;
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::OsStr;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::time::{sleep, timeout};
+use tracing::{debug, warn};
+
+use super::table::{Task, TaskTable, lock};
+use super::types::{TaskId, TaskRequest};
+use crate::audit::{self, Denial, Process, Record, What};
+use crate::cgroup::{Cgroup, Mark};
+use crate::plan::denials::{self, Denied, Unveiled};
+use crate::plan::steps::Denials as Logging;
+use crate::sys;
+use crate::text::fnv1a;
+use heard::{Event, Heard};
+pub(super) use told::Told;
+use told::{End, Verdict};
+
+/// Records read at once, and the pause after so many: a task that is denied things as fast as it can must not have us busy with
+/// it, outside of its limits. What the socket does not hold meanwhile is lost, and that is told.
+const BATCH: usize = 512;
+const BREATH: Duration = Duration::from_millis(10);
+/// How often what is kept is looked at again.
+const TICK: Duration = Duration::from_millis(200);
+/// How long it may take until the task of a domain is known: the kernel may be heard before the helper.
+const STRANGE_FOR: Duration = Duration::from_secs(5);
+const MOST_STRANGE: usize = 64;
+/// Beyond that, those of strangers and of tasks that have ended are forgotten.
+const MOST_DOMAINS: usize = 256;
+const MOST_SESSIONS: usize = 256;
+/// Between two words on lost records.
+const BETWEEN_LOSSES: Duration = Duration::from_secs(60);
+/// As our helpers call themselves when they restrict themselves.
+const HELPERS: &str = "exec2-";
+
+/// The one ear for all tasks.
+#[derive(Debug)]
+pub(super) struct Denials {
+    socket: AsyncFd<OwnedFd>,
+    /// By the kernel's number of a domain; `None` is that of a stranger. A task that Nomad has destroyed meanwhile is told of, too.
+    domains: Mutex<HashMap<u64, Option<Arc<Task>>>>,
+    /// The processes of sessions that were started last. They may be gone before their denials are heard.
+    sessions: Mutex<VecDeque<(u32, TaskId)>>,
+}
+
+/// What a job asked for, as far as it makes a difference to what it should ask for.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    /// Its `unveil`; empty where Nomad has forgotten it.
+    unveil: Vec<String>,
+    task_dir: PathBuf,
+}
+
+impl Asked {
+    pub fn by(request: &TaskRequest) -> Self {
+        let local = request.env.get("NOMAD_TASK_DIR").map(Path::new);
+        Self {
+            unveil: request.options.unveil.clone(),
+            task_dir: local
+                .and_then(Path::parent)
+                .map(Path::to_owned)
+                .unwrap_or_default(),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Batch {
+    records: Vec<Record>,
+    is_full: bool,
+    has_lost: bool,
+}
+
+impl Denials {
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            socket: sys::readable(audit::listen()?)?,
+            domains: Mutex::default(),
+            sessions: Mutex::default(),
+        })
+    }
+
+    /// The domain of a task that an earlier plugin has found out: the kernel tells no second time.
+    pub fn recall(&self, task: &Arc<Task>) {
+        let mark = task.cgroup.mark(Mark::Domain);
+        if let Some(domain) = mark.and_then(|mark| u64::from_str_radix(&mark, 16).ok()) {
+            self.know(domain, Some(task.clone()));
+        }
+    }
+
+    fn know(&self, domain: u64, owner: Option<Arc<Task>>) {
+        let mut domains = lock(&self.domains);
+        // The record that a domain is gone may get lost.
+        if domains.len() >= MOST_DOMAINS {
+            domains.retain(|_, owner| owner.as_ref().is_some_and(|task| task.ended().is_none()));
+        }
+        domains.insert(domain, owner);
+    }
+
+    pub fn add_session(&self, pid: u32, task: &Task) {
+        let mut sessions = lock(&self.sessions);
+        if sessions.len() >= MOST_SESSIONS {
+            sessions.pop_front();
+        }
+        sessions.push_back((pid, task.id.clone()));
+    }
+
+    fn session(&self, pid: u32) -> Option<TaskId> {
+        let sessions = lock(&self.sessions);
+        // The last one first: pids come back.
+        let found = sessions.iter().rev().find(|(its, _)| *its == pid);
+        found.map(|(_, id)| id.clone())
+    }
+
+    /// Waits for records, and reads those that are there.
+    async fn hear(&self, buffer: &mut [u8]) -> io::Result<Batch> {
+        let read = |socket: &OwnedFd| {
+            let mut batch = Batch {
+                records: Vec::new(),
+                is_full: false,
+                has_lost: false,
+            };
+            for read in 0..BATCH {
+                match audit::receive(socket, buffer) {
+                    Ok(record) => batch.records.extend(record),
+                    Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                        batch.has_lost = true;
+                    }
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    // The reactor has to see it, to wait again.
+                    Err(error) if error.kind() == ErrorKind::WouldBlock && read > 0 => {
+                        return Ok(batch);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            batch.is_full = true;
+            Ok(batch)
+        };
+        self.socket.async_io(Interest::READABLE, read).await
+    }
+}
+
+/// What is kept between two batches.
+#[derive(Debug, Default)]
+struct Kept {
+    heard: Heard,
+    /// Of domains whose task is not known yet.
+    strange: VecDeque<(Instant, Event)>,
+    /// Tasks of which something was left out.
+    short: Vec<Arc<Task>>,
+    loss_told: Option<Instant>,
+}
+
+impl Kept {
+    fn is_empty(&self) -> bool {
+        self.heard.is_empty() && self.strange.is_empty() && self.short.is_empty()
+    }
+}
+
+impl TaskTable {
+    /// The ear, from the first task on: Nomad starts plugins that must touch nothing. `None` where there is nothing to hear.
+    pub(super) fn denials(&self) -> Option<Arc<Denials>> {
+        let open = || {
+            let config = self.settings().config;
+            if denials::logged(&config, sys::landlock_abi()) == Logging::Unlogged {
+                return None;
+            }
+            match Denials::new() {
+                Ok(denials) => {
+                    let denials = Arc::new(denials);
+                    tokio::spawn(self.clone().keep_telling(denials.clone()));
+                    Some(denials)
+                }
+                Err(error) => {
+                    debug!("audit: {error}; what Landlock denies to tasks is not told");
+                    None
+                }
+            }
+        };
+        self.shared.denials.get_or_init(open).clone()
+    }
+
+    async fn keep_telling(self, denials: Arc<Denials>) {
+        let mut buffer = vec![0; audit::RECORD_BYTES];
+        let mut kept = Kept::default();
+        loop {
+            let heard = denials.hear(&mut buffer);
+            let batch = if kept.is_empty() {
+                Some(heard.await)
+            } else {
+                timeout(TICK, heard).await.ok()
+            };
+            let now = Instant::now();
+            let is_full = match batch {
+                Some(Ok(batch)) => {
+                    if batch.has_lost {
+                        tell_loss(&mut kept.loss_told, now);
+                    }
+                    for record in batch.records {
+                        self.take(&denials, &mut kept, record, now);
+                    }
+                    batch.is_full
+                }
+                Some(Err(error)) => {
+                    warn!("audit: {error}; what Landlock denies to tasks is told no more");
+                    return;
+                }
+                None => false,
+            };
+            while let Some(event) = kept.heard.ripe(now) {
+                self.judge(&denials, &mut kept, event, now);
+            }
+            self.look_again(&denials, &mut kept, now);
+            if is_full {
+                sleep(BREATH).await;
+            }
+        }
+    }
+
+    fn take(&self, denials: &Denials, kept: &mut Kept, record: Record, now: Instant) {
+        match &record.what {
+            // At once: a task that ends is destroyed before its event is whole.
+            What::Domain { domain, creator } => {
+                self.owner_by(denials, *domain, creator);
+            }
+            What::Gone(domain) => {
+                while let Some(event) = kept.heard.oldest() {
+                    self.judge(denials, kept, event, now);
+                }
+                lock(&denials.domains).remove(domain);
+                return;
+            }
+            What::Denial(_) | What::Caller(_) | What::End => {}
+        }
+        if let Some(event) = kept.heard.take(record, now) {
+            self.judge(denials, kept, event, now);
+        }
+    }
+
+    /// Tells of an event, or keeps it until its domain's task is known.
+    fn judge(&self, denials: &Denials, kept: &mut Kept, event: Event, now: Instant) {
+        let strange = &kept.strange;
+        let is_strange = |domain| {
+            let mut denials = strange.iter().flat_map(|(_, event)| &event.denials);
+            denials.any(|denial| denial.domain == domain)
+        };
+        let mut later = Vec::new();
+        for denial in &event.denials {
+            let known = lock(&denials.domains).get(&denial.domain).cloned();
+            let owner = match known {
+                Some(None) => continue,
+                Some(Some(task)) => Some(task),
+                None if is_strange(denial.domain) && event.creators.is_empty() => None,
+                None => self.owner_of(denials, &event, denial.domain),
+            };
+            match owner {
+                Some(task) => self.tell_of(&mut kept.short, &task, denial, &event, now),
+                None => later.push(denial.clone()),
+            }
+        }
+        if later.is_empty() {
+            return;
+        }
+        if kept.strange.len() >= MOST_STRANGE {
+            kept.strange.pop_front();
+        }
+        let rest = Event {
+            denials: later,
+            ..event
+        };
+        kept.strange.push_back((now, rest));
+    }
+
+    fn look_again(&self, denials: &Denials, kept: &mut Kept, now: Instant) {
+        for (since, event) in std::mem::take(&mut kept.strange) {
+            for denial in &event.denials {
+                if let Some(task) = self.owner_of(denials, &event, denial.domain) {
+                    self.tell_of(&mut kept.short, &task, denial, &event, now);
+                } else if now.duration_since(since) < STRANGE_FOR {
+                    let rest = Event {
+                        denials: vec![denial.clone()],
+                        ..event.clone()
+                    };
+                    kept.strange.push_back((since, rest));
+                } else {
+                    denials.know(denial.domain, None);
+                }
+            }
+        }
+        kept.short.retain(|task| {
+            let end = match task.ended() {
+                Some(_) => End::Reached,
+                None => End::Ahead,
+            };
+            match lock(&task.denials).left_out(now, end) {
+                Some(count) => {
+                    self.tell_left_out(task, count);
+                    false
+                }
+                None => true,
+            }
+        });
+    }
+
+    /// The task whose domain it is.
+    fn owner_of(&self, denials: &Denials, event: &Event, domain: u64) -> Option<Arc<Task>> {
+        if let Some(Some(task)) = lock(&denials.domains).get(&domain) {
+            return Some(task.clone());
+        }
+        if let Some((_, creator)) = event.creators.iter().find(|(its, _)| *its == domain) {
+            return self.owner_by(denials, domain, creator);
+        }
+        // Its creator was told while nobody listened, or got lost.
+        let task = self.task_of(denials, event.caller.as_ref()?.pid)?;
+        denials.know(domain, Some(task.clone()));
+        Some(task)
+    }
+
+    /// The task whose helper made the domain, and keeps it in mind.
+    fn owner_by(&self, denials: &Denials, domain: u64, creator: &Process) -> Option<Arc<Task>> {
+        if !creator.name.as_bytes().starts_with(HELPERS.as_bytes()) {
+            return None;
+        }
+        let task = self.task_of(denials, creator.pid)?;
+        if creator.pid == task.main.pid {
+            // It goes with the scope, as the domain does.
+            let _ = task.cgroup.set_mark(Mark::Domain, &format!("{domain:x}"));
+        }
+        denials.know(domain, Some(task.clone()));
+        Some(task)
+    }
+
+    fn task_of(&self, denials: &Denials, pid: u32) -> Option<Arc<Task>> {
+        let tasks = self.all();
+        if let Some(task) = tasks.iter().find(|task| task.main.pid == pid) {
+            return Some(task.clone());
+        }
+        if let Some(id) = denials.session(pid) {
+            return self.find(&id);
+        }
+        let cgroup = Cgroup::of_process(pid).ok()?;
+        let is_its = |task: &&Arc<Task>| cgroup.path().starts_with(task.cgroup.path());
+        tasks.iter().find(is_its).cloned()
+    }
+
+    fn tell_of(
+        &self,
+        short: &mut Vec<Arc<Task>>,
+        task: &Arc<Task>,
+        denial: &Denial,
+        event: &Event,
+        now: Instant,
+    ) {
+        let verdict = lock(&task.denials).decide(number(denial), now);
+        match verdict {
+            Verdict::Known => return,
+            Verdict::LeftOut => {
+                if !short.iter().any(|other| Arc::ptr_eq(other, task)) {
+                    short.push(task.clone());
+                }
+                return;
+            }
+            Verdict::Line | Verdict::LineAndEvent | Verdict::LineAndHint => {}
+        }
+        let denied = Denied {
+            process: match &event.caller {
+                Some(caller) => &caller.name,
+                None => OsStr::new(""),
+            },
+            rights: &denial.blockers,
+            path: denial.path.as_deref(),
+        };
+        let remedy = denied.remedy(Unveiled {
+            config: &self.settings().config,
+            entries: &task.asked.unveil,
+            task_dir: &task.asked.task_dir,
+        });
+        self.tell_denial(task, &denied, &remedy);
+        match verdict {
+            Verdict::LineAndEvent => self.event_of_denial(task, &denied, &remedy),
+            Verdict::LineAndHint => self.event_of_more_denials(task),
+            _ => {}
+        }
+    }
+}
+
+/// The same for the same rights and path.
+fn number(denial: &Denial) -> u64 {
+    let path = denial
+        .path
+        .as_deref()
+        .map(|path| path.as_os_str().as_bytes());
+    let parts = [
+        denial.blockers.join(",").as_bytes(),
+        path.unwrap_or_default(),
+    ]
+    .join(&0);
+    fnv1a(&parts)
+}
+
+fn tell_loss(told: &mut Option<Instant>, now: Instant) {
+    if told.is_none_or(|told| now.duration_since(told) >= BETWEEN_LOSSES) {
+        *told = Some(now);
+        warn!("audit: more records came than could be read, so that some denials are not told");
+    }
+}
