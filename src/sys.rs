@@ -2,6 +2,8 @@
 //! and nothing of ours is known here.
 #![allow(unsafe_code)]
 
+pub mod trace;
+
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_void};
 use std::fs::File;
 use std::io;

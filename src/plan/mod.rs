@@ -161,6 +161,7 @@ impl Plan {
             replaced,
             rules,
             open_files: facts.open_files,
+            traced_calls: Vec::new(),
         };
         Ok(Self {
             unit,

@@ -180,6 +180,8 @@ pub struct Order {
     pub rules: Vec<Rule>,
     /// Soft and hard RLIMIT_NOFILE that the plugin was started with, given back to the task.
     pub open_files: (u64, u64),
+    /// System calls at which the task stops for whoever traces it. None, but for `run --learn`.
+    pub traced_calls: Vec<u32>,
 }
 
 impl Order {
@@ -304,6 +306,35 @@ pub struct Access {
     pub write: bool,
     pub execute: bool,
     pub create: bool,
+}
+
+impl Access {
+    pub fn with(self, other: Access) -> Access {
+        Access {
+            read: self.read || other.read,
+            write: self.write || other.write,
+            execute: self.execute || other.execute,
+            create: self.create || other.create,
+        }
+    }
+
+    pub fn without(self, other: Access) -> Access {
+        Access {
+            read: self.read && !other.read,
+            write: self.write && !other.write,
+            execute: self.execute && !other.execute,
+            create: self.create && !other.create,
+        }
+    }
+
+    pub fn is_none(self) -> bool {
+        self == Access::default()
+    }
+
+    /// Whether a mount in the view has to be writable for it.
+    pub fn changes(self) -> bool {
+        self.write || self.create
+    }
 }
 
 impl fmt::Display for Access {

@@ -142,6 +142,7 @@ impl Stage {
             replaced: Vec::new(),
             rules,
             open_files: (number(limit.current), number(limit.maximum)),
+            traced_calls: Vec::new(),
         }
     }
 
