@@ -1,9 +1,8 @@
 //! From a task's start to its end: what it prints, who may end it, and what becomes of it then.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::OwnedFd;
+use std::io::{self, Write};
 use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};
@@ -89,15 +88,8 @@ pub async fn attend(
 ) -> Result<Attended, RunError> {
     let id = request.id.clone();
     let (output, copies) = match (attendance.output, ending.logs) {
-        (Copies::Dropped, _) => (Output::Given([null()?, null()?]), Vec::new()),
-        (Copies::Shown, Logs::Collected) => {
-            let (stdout, copy_stdout) = copied_to(io::stdout())?;
-            let (stderr, copy_stderr) = copied_to(io::stderr())?;
-            (
-                Output::Given([stdout, stderr]),
-                vec![copy_stdout, copy_stderr],
-            )
-        }
+        (Copies::Dropped, _) => given(io::sink(), io::sink())?,
+        (Copies::Shown, Logs::Collected) => given(io::stdout(), io::stderr())?,
         // The request names /dev/null.
         (Copies::Shown, Logs::Disabled) => {
             let unit = UnitName::of_task(id.as_str());
@@ -145,8 +137,17 @@ async fn print_warnings(events: &mut Flow<TaskEvent>) {
     }
 }
 
-fn null() -> io::Result<OwnedFd> {
-    Ok(File::options().write(true).open("/dev/null")?.into())
+/// Pipes for the task, and what copies from them.
+fn given(
+    stdout: impl Write + Send + 'static,
+    stderr: impl Write + Send + 'static,
+) -> io::Result<(Output, Vec<JoinHandle<()>>)> {
+    let (stdout, copy_stdout) = copied_to(stdout)?;
+    let (stderr, copy_stderr) = copied_to(stderr)?;
+    Ok((
+        Output::Given([stdout, stderr]),
+        vec![copy_stdout, copy_stderr],
+    ))
 }
 
 struct Until<'a> {

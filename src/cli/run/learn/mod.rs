@@ -40,10 +40,9 @@ pub struct Learn {
         long,
         value_name = "FILE",
         num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = ""
+        require_equals = true
     )]
-    learn: Option<PathBuf>,
+    learn: Option<Option<PathBuf>>,
     /// Run the command again without each entry and each letter, and leave out those without which it ends the same way
     #[arg(long, requires = "learn")]
     prune: bool,
@@ -62,13 +61,11 @@ pub enum Target {
 impl Learn {
     /// The list's file, before anything is run.
     pub fn list(&self) -> Result<Option<Target>, RunError> {
-        let Some(path) = &self.learn else {
-            return Ok(None);
+        let path = match &self.learn {
+            None => return Ok(None),
+            Some(None) => return Ok(Some(Target::Stderr)),
+            Some(Some(path)) => path.clone(),
         };
-        if path.as_os_str().is_empty() {
-            return Ok(Some(Target::Stderr));
-        }
-        let path = path.clone();
         match File::create(&path) {
             Ok(file) => Ok(Some(Target::File(path, file))),
             Err(error) => Err(RunError::List { path, error }),
