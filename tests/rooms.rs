@@ -167,8 +167,18 @@ const ROOMS: [Room; 17] = [
     Room {
         name: "cli",
         rooms: &[
-            "agent", "cgroup", "config", "host", "job", "plan", "record", "sys::trace", "systemd",
-            "task", "text", "users",
+            "agent",
+            "cgroup",
+            "config",
+            "host",
+            "job",
+            "plan",
+            "record",
+            "sys::trace",
+            "systemd",
+            "task",
+            "text",
+            "users",
         ],
         crates: &[
             "clap",
@@ -200,7 +210,10 @@ fn sources(path: &Path) -> Vec<PathBuf> {
 }
 
 fn files(room: &str) -> Vec<PathBuf> {
-    let both = [root().join(format!("src/{room}.rs")), root().join("src").join(room)];
+    let both = [
+        root().join(format!("src/{room}.rs")),
+        root().join("src").join(room),
+    ];
     let there = both.into_iter().filter(|path| path.exists());
     there.flat_map(|path| sources(&path)).collect()
 }

@@ -23,6 +23,7 @@ mod hostile;
 mod jobs;
 mod journal;
 mod leaks;
+mod learn;
 mod life;
 mod life_cycle;
 mod nomad;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         bench::CASES,
         run::CASES,
         run_job::CASES,
+        learn::CASES,
         faults::CASES,
         shortage::CASES,
         tasks::CASES,

@@ -1,7 +1,9 @@
 //! From a task's start to its end: what it prints, who may end it, and what becomes of it then.
 
+use std::hash::{DefaultHasher, Hasher};
 use std::io::{self, Write};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -76,6 +78,8 @@ pub enum By {
 pub struct Attended {
     pub exit: ExitResult,
     pub by: By,
+    /// The same for the same standard output.
+    pub printed: u64,
 }
 
 /// Starts the task and stays with it to its end.
@@ -87,9 +91,12 @@ pub async fn attend(
     stops: &mut Stops,
 ) -> Result<Attended, RunError> {
     let id = request.id.clone();
+    let printed = Arc::new(Mutex::new(DefaultHasher::new()));
     let (output, copies) = match (attendance.output, ending.logs) {
-        (Copies::Dropped, _) => given(io::sink(), io::sink())?,
-        (Copies::Shown, Logs::Collected) => given(io::stdout(), io::stderr())?,
+        (Copies::Dropped, _) => given(Tee(io::sink(), printed.clone()), io::sink())?,
+        (Copies::Shown, Logs::Collected) => {
+            given(Tee(io::stdout(), printed.clone()), io::stderr())?
+        }
         // The request names /dev/null.
         (Copies::Shown, Logs::Disabled) => {
             let unit = UnitName::of_task(id.as_str());
@@ -124,7 +131,9 @@ pub async fn attend(
         }
         Err(error) => say(error),
     }
-    Ok(ended?)
+    let (exit, by) = ended?;
+    let printed = printed.lock().map_or(0, |printed| printed.finish());
+    Ok(Attended { exit, by, printed })
 }
 
 /// What the events so far warn of: a limit that is not in force, an end by the OOM killer.
@@ -150,6 +159,23 @@ fn given(
     ))
 }
 
+/// Writes on, and remembers what, as a number.
+struct Tee<W>(W, Arc<Mutex<DefaultHasher>>);
+
+impl<W: Write> Write for Tee<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.0.write(bytes)?;
+        if let Ok(mut printed) = self.1.lock() {
+            printed.write(&bytes[..count]);
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
 struct Until<'a> {
     probe: Option<&'a str>,
     limit: Option<Duration>,
@@ -161,10 +187,10 @@ async fn follow(
     ending: &Ending,
     until: &Until<'_>,
     stops: &mut Stops,
-) -> Result<Attended, DriverError> {
+) -> Result<(ExitResult, By), DriverError> {
     const INTERRUPT: &str = "SIGINT";
     let (by, name, patience) = tokio::select! {
-        result = tasks.wait(id) => return Ok(Attended { exit: result?, by: By::Itself }),
+        result = tasks.wait(id) => return Ok((result?, By::Itself)),
         name = stops.next() => (By::Person, name, ending.timeout),
         () = works(until.probe) => (By::Probe, INTERRUPT, ending.timeout),
         () = over(until.limit) => (By::Limit, "SIGKILL", Duration::ZERO),
@@ -177,8 +203,7 @@ async fn follow(
         stopped = tasks.stop(id, patience, name) => stopped?,
         _ = stops.next() => tasks.stop(id, Duration::ZERO, "SIGKILL").await?,
     }
-    let exit = tasks.wait(id).await?;
-    Ok(Attended { exit, by })
+    Ok((tasks.wait(id).await?, by))
 }
 
 async fn over(limit: Option<Duration>) {

@@ -119,7 +119,10 @@ impl JobTask {
         let of_file = |error| of_file(&self.file, error);
         let ports = &self.group.ports;
         let node = node::node(&self.job, ports, node::free_port).map_err(of_file)?;
-        if let Some(port) = ports.iter().find(|port| port.fixed.is_none() && !self.is_told) {
+        if let Some(port) = ports
+            .iter()
+            .find(|port| port.fixed.is_none() && !self.is_told)
+        {
             let shown = node::shown_ports(&node.ports);
             tell(
                 &self.file,

@@ -25,14 +25,12 @@ use super::terminal::{Stops, say};
 use crate::config::plugin::PluginConfig;
 use crate::config::task::TaskOptions;
 use crate::host;
+use crate::job::JobError;
 use crate::job::alloc_dir::{AllocDir, AllocDirError, Owner, Roots, TaskPaths};
 use crate::job::request::{new_alloc_id, new_task_id};
-use crate::job::JobError;
 use crate::plan::capabilities;
 use crate::plan::limits::{Cpus, MemoryMax, Resources};
-use crate::task::types::{
-    DriverError, ExitResult, Names, TaskId, TaskRequest,
-};
+use crate::task::types::{DriverError, ExitResult, Names, TaskId, TaskRequest};
 use crate::task::{TaskTable, Tasks};
 use crate::users::{self, Account, UserError};
 

@@ -98,10 +98,7 @@ const OLD: &[(i64, Call)] = &[
     (libc::SYS_unlink, Call::Remove(named(0))),
     (libc::SYS_rmdir, Call::Remove(named(0))),
     (libc::SYS_rename, Call::Rename(named(0), named(1), None)),
-    (
-        libc::SYS_renameat,
-        Call::Rename(at(0, 1), at(2, 3), None),
-    ),
+    (libc::SYS_renameat, Call::Rename(at(0, 1), at(2, 3), None)),
     (libc::SYS_link, Call::Link(named(0), named(1))),
     (libc::SYS_chmod, Call::Change(named(0))),
     (libc::SYS_chown, Call::Change(named(0))),
@@ -111,10 +108,7 @@ const OLD: &[(i64, Call)] = &[
     (libc::SYS_futimesat, Call::Change(at(0, 1))),
 ];
 #[cfg(target_arch = "aarch64")]
-const OLD: &[(i64, Call)] = &[(
-    libc::SYS_renameat,
-    Call::Rename(at(0, 1), at(2, 3), None),
-)];
+const OLD: &[(i64, Call)] = &[(libc::SYS_renameat, Call::Rename(at(0, 1), at(2, 3), None))];
 
 /// The numbers of all, for the kernel's filter.
 pub fn numbers() -> Vec<u32> {

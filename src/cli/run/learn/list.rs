@@ -132,7 +132,10 @@ fn lasting(path: &Path) -> &Path {
         .into_iter()
         .map(Path::new)
         .find(|top| {
-            let mut below = path.strip_prefix(top).into_iter().flat_map(Path::components);
+            let mut below = path
+                .strip_prefix(top)
+                .into_iter()
+                .flat_map(Path::components);
             below.next().is_some_and(is_number)
         })
         .unwrap_or(path)
@@ -267,7 +270,11 @@ mod tests {
             parsed.collect()
         };
         Ground {
-            open: rules(&[("rwxc", "/m/local"), ("rwxc", "/m/tmp"), ("rw", "/dev/null")]),
+            open: rules(&[
+                ("rwxc", "/m/local"),
+                ("rwxc", "/m/tmp"),
+                ("rw", "/dev/null"),
+            ]),
             defaults: rules(&[("rx", "/usr/bin"), ("rx", "/usr/lib"), ("r", "/proc")]),
             private: vec!["/tmp".into(), "/dev/shm".into()],
             given: Vec::new(),
@@ -311,7 +318,10 @@ mod tests {
 
     #[test]
     fn letters_of_one_path_are_one_entry() {
-        assert_eq!(of(&["r:/srv/a", "w:/srv/a", "x:/srv/b"]), ["rw:/srv/a", "x:/srv/b"]);
+        assert_eq!(
+            of(&["r:/srv/a", "w:/srv/a", "x:/srv/b"]),
+            ["rw:/srv/a", "x:/srv/b"]
+        );
     }
 
     #[test]
@@ -330,7 +340,10 @@ mod tests {
     fn the_whole_host_is_never_proposed() {
         let list = list(&seen(&["r:/", "c:/", "m:/", "r:/etc/x"]), &ground());
         assert_eq!(shown(&list), ["r:/etc/x"]);
-        assert!(list.remarks[0].starts_with("rc:/ is not in the list"), "{list:?}");
+        assert!(
+            list.remarks[0].starts_with("rc:/ is not in the list"),
+            "{list:?}"
+        );
     }
 
     #[test]
@@ -383,7 +396,12 @@ mod tests {
             given: vec!["/run/dbus".into(), "/tmp/x".into()],
             ..ground()
         };
-        let seen = seen(&["s:/run/dbus/socket", "s:/run/app/socket", "r:/tmp/x/y", "r:/tmp/z"]);
+        let seen = seen(&[
+            "s:/run/dbus/socket",
+            "s:/run/app/socket",
+            "r:/tmp/x/y",
+            "r:/tmp/z",
+        ]);
         let listed = list(&seen, &ground);
         assert_eq!(shown(&listed), ["w:/run/dbus/socket", "r:/tmp/x/y"]);
     }

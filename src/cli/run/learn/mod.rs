@@ -43,7 +43,7 @@ pub struct Learn {
         require_equals = true
     )]
     learn: Option<Option<PathBuf>>,
-    /// Run the command again without each entry and each letter, and leave out those without which it ends the same way
+    /// Run the command again without each entry and each letter, and leave out those without which it ends with the same status, and prints the same if it does so twice
     #[arg(long, requires = "learn")]
     prune: bool,
     /// Say by a shell command when a server works: it is tried until it succeeds, and then the task is stopped
@@ -109,9 +109,7 @@ pub async fn learn(
         probe: options.probe.as_deref(),
         ..Attendance::default()
     };
-    let attended = subject
-        .once(Unveil::Everything, attendance, stops)
-        .await?;
+    let attended = subject.once(Unveil::Everything, attendance, stops).await?;
     let took = begun.elapsed();
     let Some((traced, order)) = receive.try_recv().ok().and_then(joined) else {
         return Err(io::Error::other("the tracer ended before the command").into());
@@ -119,9 +117,12 @@ pub async fn learn(
     let listed = list(&traced.seen, &ground(&order));
     remark(&traced, &order, &listed);
     let mut entries = listed.entries;
-    let mut comment = "# what the command used; it may be able to do without some of it (see --prune)";
+    let mut comment =
+        "# what the command used; it may be able to do without some of it (see --prune)";
     if options.prune && attended.by == By::Person {
-        say("the command was stopped before it ended: there is no end to compare, and nothing is pruned");
+        say(
+            "the command was stopped before it ended: there is no end to compare, and nothing is pruned",
+        );
     } else if options.prune {
         if let Some(job) = &mut subject.job {
             job.is_told = true;
@@ -171,7 +172,9 @@ fn ground(order: &Order) -> Ground {
         }
     }
     if let Place::Host(dir) = &order.work_dir {
-        ground.open.push((without_links(dir), unveil::letters("rwxc")));
+        ground
+            .open
+            .push((without_links(dir), unveil::letters("rwxc")));
     }
     // All of them, also where an entry of the caller took one's place.
     let defaults = unveil::DEFAULTS

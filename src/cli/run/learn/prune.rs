@@ -1,4 +1,4 @@
-//! Which entries the command can do without: those without which it ends as it did with everything unveiled.
+//! Which entries the command can do without: those without which it ends, and prints, as it did with everything unveiled.
 
 use std::time::Duration;
 
@@ -17,6 +17,8 @@ const MOST_NAMED: usize = 12;
 pub struct Pruning<'a> {
     subject: &'a Subject<'a>,
     wanted: End,
+    /// Of the run with everything unveiled.
+    printed: u64,
     probe: Option<&'a str>,
     limit: Duration,
 }
@@ -24,7 +26,10 @@ pub struct Pruning<'a> {
 /// As far as ends are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    Status { code: i32, signal: i32 },
+    Status {
+        code: i32,
+        signal: i32,
+    },
     /// The probe succeeded.
     Works,
     NotStarted,
@@ -56,7 +61,7 @@ impl End {
 
 /// What one attempt showed.
 enum Shown {
-    End(End),
+    End(End, u64),
     /// The person at the terminal wants an end.
     Stopped,
 }
@@ -71,6 +76,7 @@ impl<'a> Pruning<'a> {
         Self {
             subject,
             wanted: End::of(with_everything),
+            printed: with_everything.printed,
             probe,
             limit: AT_LEAST.max(took * TIMES_AS_LONG),
         }
@@ -82,10 +88,10 @@ impl<'a> Pruning<'a> {
         mut entries: Vec<Entry>,
         stops: &mut Stops,
     ) -> Result<Option<Vec<Entry>>, RunError> {
-        const STOPPED: &str = "stopped before all was tried: the list is pruned so far only";
-        match self.attempt(&entries, stops).await? {
-            Shown::End(end) if end == self.wanted => {}
-            Shown::End(end) => {
+        const STOPPED: &str = "stopped before all was tried: the list is not pruned";
+        let is_same_output = match self.attempt(&entries, stops).await? {
+            Shown::End(end, printed) if end == self.wanted => printed == self.printed,
+            Shown::End(end, _) => {
                 say(format_args!(
                     "with this list the command comes to {}, and to {} with everything unveiled: it is not pruned. Can the command be run twice?",
                     end.described(),
@@ -97,20 +103,28 @@ impl<'a> Pruning<'a> {
                 say(STOPPED);
                 return Ok(None);
             }
+        };
+        // A server that was stopped is judged by its probe.
+        let compares_output = is_same_output && self.wanted != End::Works;
+        if !is_same_output && self.wanted != End::Works {
+            say("the command prints something else each time: only its exit status is compared");
         }
+        let is_same = |end: End, printed: u64| {
+            end == self.wanted && (!compares_output || printed == self.printed)
+        };
         let mut left_out = Vec::new();
         let mut at = 0;
-        'entries: while at < entries.len() {
+        while at < entries.len() {
             let entry = entries[at].clone();
             let mut fewer = entries.clone();
             fewer.remove(at);
             match self.attempt(&fewer, stops).await? {
-                Shown::End(end) if end == self.wanted => {
+                Shown::End(end, printed) if is_same(end, printed) => {
                     left_out.push(entry);
                     entries = fewer;
                     continue;
                 }
-                Shown::End(_) => {}
+                Shown::End(..) => {}
                 Shown::Stopped => {
                     say(STOPPED);
                     return Ok(None);
@@ -125,11 +139,11 @@ impl<'a> Pruning<'a> {
                 let mut fewer = entries.clone();
                 fewer[at].access = less;
                 match self.attempt(&fewer, stops).await? {
-                    Shown::End(end) if end == self.wanted => entries = fewer,
-                    Shown::End(_) => {}
+                    Shown::End(end, printed) if is_same(end, printed) => entries = fewer,
+                    Shown::End(..) => {}
                     Shown::Stopped => {
                         say(STOPPED);
-                        break 'entries;
+                        return Ok(None);
                     }
                 }
             }
@@ -159,14 +173,12 @@ impl<'a> Pruning<'a> {
             probe: self.probe,
             limit: Some(self.limit),
         };
-        let attempt = self
-            .subject
-            .once(Unveil::Only(&list), attendance, stops);
+        let attempt = self.subject.once(Unveil::Only(&list), attendance, stops);
         match attempt.await {
             Ok(attended) if attended.by == By::Person => Ok(Shown::Stopped),
-            Ok(attended) => Ok(Shown::End(End::of(&attended))),
+            Ok(attended) => Ok(Shown::End(End::of(&attended), attended.printed)),
             // As without "x" on the command itself.
-            Err(RunError::Task(_)) => Ok(Shown::End(End::NotStarted)),
+            Err(RunError::Task(_)) => Ok(Shown::End(End::NotStarted, 0)),
             Err(error) => Err(error),
         }
     }

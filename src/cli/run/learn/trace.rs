@@ -328,8 +328,7 @@ fn begin(thread: Thread) -> Option<Begun> {
         Call::Rename(from, to, flags) => Begun::Rename {
             from: entry(from),
             to: entry(to),
-            exchange: flags
-                .is_some_and(|at| arguments[at] & u64::from(libc::RENAME_EXCHANGE) != 0),
+            exchange: flags.is_some_and(|at| arguments[at] & u64::from(libc::RENAME_EXCHANGE) != 0),
         },
         Call::Link(from, to) => Begun::Link {
             from: entry(from),
@@ -362,9 +361,15 @@ fn begin(thread: Thread) -> Option<Begun> {
 
 /// Such a name stands for what is open already, and cannot be looked up from outside.
 fn is_link_to_open(path: &Path) -> bool {
-    ["/proc", "/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr"]
-        .iter()
-        .any(|top| path.starts_with(top))
+    [
+        "/proc",
+        "/dev/fd",
+        "/dev/stdin",
+        "/dev/stdout",
+        "/dev/stderr",
+    ]
+    .iter()
+    .any(|top| path.starts_with(top))
 }
 
 fn open_flags(thread: Thread, flags: Flags, arguments: &[u64; 6]) -> i32 {
