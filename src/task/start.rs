@@ -51,8 +51,10 @@ pub struct Tracing {
     /// At which calls the task stops for it.
     pub calls: Vec<u32>,
     /// Traces the parked helper, whose pid and order these are, to the task that it forks.
-    pub attach: Box<dyn FnOnce(i32, &Order) -> io::Result<()> + Send>,
+    pub attach: Attach,
 }
+
+type Attach = Box<dyn FnOnce(i32, &Order) -> io::Result<()> + Send>;
 
 impl fmt::Debug for Tracing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -288,6 +288,6 @@ mod tests {
             }
         }
         assert!(text.contains("$${x}%%{y}"), "{text}");
-        assert_eq!(super::hcl("# c", &[]), "unveil = []\n");
+        assert_eq!(hcl("# c", &[]), "unveil = []\n");
     }
 }
