@@ -2,6 +2,8 @@
 //! and nothing of ours is known here.
 #![allow(unsafe_code)]
 
+pub mod trace;
+
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_void};
 use std::fs::File;
 use std::io;
@@ -314,7 +316,6 @@ pub fn exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
 
 /// Gives memory that the allocator holds but does not use back to the kernel.
 pub fn trim_heap() {
-    #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim has no preconditions.
     unsafe {
         libc::malloc_trim(0);
@@ -323,7 +324,6 @@ pub fn trim_heap() {
 
 /// Keeps all threads to one heap. Otherwise each that ever allocates has one of its own, which nobody gives back.
 pub fn keep_one_heap() {
-    #[cfg(target_env = "gnu")]
     // SAFETY: mallopt has no preconditions.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);

@@ -193,7 +193,7 @@ _nomad__driver__exec2() {
             return 0
             ;;
         nomad__subcmd__driver__subcmd__exec2__subcmd__run)
-            opts="-h --memory --cpu --unveil --user --env --task --var --volume --meta --payload --ignore --help"
+            opts="-h --memory --cpu --unveil --user --env --task --var --volume --meta --payload --ignore --learn --prune --probe --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -240,6 +240,14 @@ _nomad__driver__exec2() {
                     return 0
                     ;;
                 --ignore)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --learn)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --probe)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

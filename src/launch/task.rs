@@ -69,6 +69,10 @@ pub(super) fn become_task(prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     set_limits(order.open_files)?;
     sys::close_on_exec_from(3).at(Step::Signals)?;
     breakpoint::at(Step::Exec);
+    if !order.traced_calls.is_empty() {
+        // Last of all: from here on those calls need the tracer.
+        sys::trace::stop_at(&order.traced_calls).at_path(Step::Exec, "seccomp")?;
+    }
     Err(command.execute())
 }
 

@@ -166,6 +166,7 @@ impl Plan {
             rules,
             open_files: facts.open_files,
             denials: denials::logged(config, facts.landlock_abi),
+            traced_calls: Vec::new(),
         };
         Ok(Self {
             unit,

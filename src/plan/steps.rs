@@ -194,6 +194,8 @@ pub struct Order {
     pub open_files: (u64, u64),
     #[serde(default)]
     pub denials: Denials,
+    /// System calls at which the task stops for whoever traces it. None, but for `run --learn`.
+    pub traced_calls: Vec<u32>,
 }
 
 /// Whether the kernel logs what Landlock denies, while audit is on.
@@ -330,6 +332,35 @@ pub struct Access {
     pub write: bool,
     pub execute: bool,
     pub create: bool,
+}
+
+impl Access {
+    pub fn with(self, other: Access) -> Access {
+        Access {
+            read: self.read || other.read,
+            write: self.write || other.write,
+            execute: self.execute || other.execute,
+            create: self.create || other.create,
+        }
+    }
+
+    pub fn without(self, other: Access) -> Access {
+        Access {
+            read: self.read && !other.read,
+            write: self.write && !other.write,
+            execute: self.execute && !other.execute,
+            create: self.create && !other.create,
+        }
+    }
+
+    pub fn is_none(self) -> bool {
+        self == Access::default()
+    }
+
+    /// Whether a mount in the view has to be writable for it.
+    pub fn changes(self) -> bool {
+        self.write || self.create
+    }
 }
 
 impl fmt::Display for Access {

@@ -322,7 +322,8 @@ fn place(path: &str) -> Result<Place, &'static str> {
     Ok(Place::Task(PathBuf::from(path)))
 }
 
-pub(super) fn letters(mode: &str) -> Access {
+/// What the letters of a mode allow; others count for nothing.
+pub fn letters(mode: &str) -> Access {
     let has = |letter| mode.contains(letter);
     Access {
         read: has('r'),
@@ -350,6 +351,15 @@ const HOSTS_PROC: [&str; 11] = [
     "/proc/vmallocinfo",
 ];
 
+/// Whether a path comes back from under a mask only for whoever unveils it for writing.
+pub fn leads_to_manager(path: &Path) -> bool {
+    let path = path
+        .strip_prefix("/var")
+        .ok()
+        .map_or_else(|| path.to_owned(), |rest| Path::new("/").join(rest));
+    path == Path::new("/run") || MANAGERS.iter().any(|top| path.starts_with(top))
+}
+
 /// The mount view that goes with the rules.
 pub fn view(rules: &[Rule], uid: u32) -> View {
     let asked: Vec<(&Path, Access)> = rules
@@ -360,18 +370,11 @@ pub fn view(rules: &[Rule], uid: u32) -> View {
             Place::Task(_) => None,
         })
         .collect();
-    let writable = |access: Access| access.write || access.create;
+    let writable = Access::changes;
     let hidden = |path: &Path| {
         ["/run", "/var/run", "/tmp", "/dev/shm"]
             .iter()
             .any(|top| path.starts_with(top))
-    };
-    let manager = |path: &Path| {
-        let path = path
-            .strip_prefix("/var")
-            .ok()
-            .map_or_else(|| path.to_owned(), |rest| Path::new("/").join(rest));
-        path == Path::new("/run") || MANAGERS.iter().any(|top| path.starts_with(top))
     };
     let paths = |keep: &dyn Fn(&Path, Access) -> bool| {
         let mut paths: Vec<PathBuf> = asked
@@ -394,7 +397,7 @@ pub fn view(rules: &[Rule], uid: u32) -> View {
         } else {
             RunMask::Managers
         },
-        kept: paths(&|path, access| hidden(path) && (writable(access) || !manager(path))),
+        kept: paths(&|path, access| hidden(path) && (writable(access) || !leads_to_manager(path))),
         masked: HOSTS_PROC
             .map(PathBuf::from)
             .into_iter()

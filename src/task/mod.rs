@@ -31,7 +31,7 @@ use tokio_stream::Stream;
 
 pub use self::exec::Session;
 use crate::config::plugin::PluginConfig;
-pub use start::Output;
+pub use start::{Output, Tracing};
 pub use stop::StopStep;
 pub use table::{RUN_DIR, TaskTable};
 use types::{

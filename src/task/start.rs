@@ -1,7 +1,9 @@
 //! StartTask as a transaction: steps 1 to 3 of `plan::steps` and the last one here, the rest in the helper. Whatever fails,
 //! and whenever we die, nothing stays.
 
+use std::fmt;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -26,7 +28,7 @@ use crate::cgroup::{Cgroup, Mark};
 use crate::launch;
 use crate::launch::report::{self, Failure, Message};
 use crate::plan::Plan;
-use crate::plan::steps::{Stdio, Step};
+use crate::plan::steps::{Order, Stdio, Step};
 use crate::plan::unit::UnitName;
 use crate::systemd::{Scope, SystemdError};
 use crate::text::{UnitText, one_line};
@@ -45,6 +47,22 @@ pub enum Output {
     Given([OwnedFd; 2]),
 }
 
+/// Somebody who sees a task's system calls: `run --learn`, and never Nomad.
+pub struct Tracing {
+    /// At which calls the task stops for it.
+    pub calls: Vec<u32>,
+    /// Traces the parked helper, whose pid and order these are, to the task that it forks.
+    pub attach: Attach,
+}
+
+type Attach = Box<dyn FnOnce(i32, &Order) -> io::Result<()> + Send>;
+
+impl fmt::Debug for Tracing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tracing").finish_non_exhaustive()
+    }
+}
+
 impl TaskTable {
     /// Starts a task; on return its command has been executed.
     pub async fn start_with(
@@ -52,9 +70,18 @@ impl TaskTable {
         request: TaskRequest,
         output: Output,
     ) -> Result<Saved, DriverError> {
+        self.start_traced(request, output, None).await
+    }
+
+    pub async fn start_traced(
+        &self,
+        request: TaskRequest,
+        output: Output,
+        tracing: Option<Tracing>,
+    ) -> Result<Saved, DriverError> {
         let (id, names) = (request.id.clone(), request.names.clone());
         self.reserve(&id)?;
-        match self.start_reserved(request, output).await {
+        match self.start_reserved(request, output, tracing).await {
             Ok(Started {
                 task,
                 state,
@@ -95,6 +122,7 @@ impl TaskTable {
         &self,
         request: TaskRequest,
         output: Output,
+        mut tracing: Option<Tracing>,
     ) -> Result<Started, DriverError> {
         let mut phases = Phases::new();
         breakpoint::at(Step::Plan);
@@ -111,7 +139,11 @@ impl TaskTable {
                 Some(descriptors)
             }
         };
-        self.launch(&request, Arc::new(plan), output, phases).await
+        if let Some(tracing) = &mut tracing {
+            plan.order.traced_calls = std::mem::take(&mut tracing.calls);
+        }
+        self.launch(&request, Arc::new(plan), (output, tracing), phases)
+            .await
     }
 
     /// Steps 2 and 3, then the helper's, then the last.
@@ -119,7 +151,7 @@ impl TaskTable {
         &self,
         request: &TaskRequest,
         plan: Arc<Plan>,
-        output: Option<[OwnedFd; 2]>,
+        (output, tracing): (Option<[OwnedFd; 2]>, Option<Tracing>),
         mut phases: Phases,
     ) -> Result<Started, DriverError> {
         let record_path = record_path(&plan.unit);
@@ -175,6 +207,11 @@ impl TaskTable {
             phases.end("scope");
             // While the helper holds it: the cgroup of a command that ends at once is gone before anything else is done.
             let differences = differences(plan, &cgroup);
+            if let Some(tracing) = tracing {
+                (tracing.attach)(helper.parked.pid, &plan.order).map_err(|error| {
+                    DriverError::Permanent(format!("the command cannot be traced: {error}"))
+                })?;
+            }
             report::release(&helper.parked.control).map_err(|error| {
                 DriverError::Transient(format!("the helper cannot be released: {error}"))
             })?;

@@ -24,6 +24,7 @@ mod hostile;
 mod jobs;
 mod journal;
 mod leaks;
+mod learn;
 mod life;
 mod life_cycle;
 mod nomad;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
         bench::CASES,
         run::CASES,
         run_job::CASES,
+        learn::CASES,
         faults::CASES,
         shortage::CASES,
         tasks::CASES,

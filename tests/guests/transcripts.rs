@@ -23,6 +23,7 @@ pub const CASES: &[Case] = &[
     ),
     case!(Limits, Ours, tasks_lists_what_the_manual_shows),
     case!(Limits, Ours, a_run_prints_what_the_manual_shows),
+    case!(Limits, Ours, learning_prints_what_the_manual_shows),
     case!(
         ProgramLimits,
         Ours,
@@ -186,6 +187,10 @@ fn run_of_sleep(context: &Context) -> Result<Child> {
 fn a_run_prints_what_the_manual_shows(context: &Context) -> Result<()> {
     ensure!(!Path::new("/nope").exists());
     context.block_on(compare(context, "run", &[]))
+}
+
+fn learning_prints_what_the_manual_shows(context: &Context) -> Result<()> {
+    context.block_on(compare(context, "learn", &[]))
 }
 
 fn check_tells_of_host_and_job_what_the_manual_shows(context: &Context) -> Result<()> {

@@ -146,6 +146,7 @@ impl Stage {
             open_files: (number(limit.current), number(limit.maximum)),
             user_namespaces: UserNamespaces::Refused,
             denials: Denials::Unlogged,
+            traced_calls: Vec::new(),
         }
     }
 

@@ -26,7 +26,7 @@ use crate::users::{self, Account};
 const MAX_PAYLOAD_BYTES: u64 = 16 << 10;
 
 /// One task of a job file, with the options of the command line applied.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct JobTask {
     file: PathBuf,
     job: Job,
@@ -36,6 +36,8 @@ pub struct JobTask {
     cpuset: String,
     /// The volumes of the task that are known, and their directories.
     volumes: Vec<(String, PathBuf)>,
+    /// It was told already.
+    pub(super) is_told: bool,
 }
 
 impl JobTask {
@@ -88,6 +90,7 @@ impl JobTask {
             payload,
             cpuset,
             volumes,
+            is_told: false,
         })
     }
 
@@ -116,13 +119,12 @@ impl JobTask {
         let of_file = |error| of_file(&self.file, error);
         let ports = &self.group.ports;
         let node = node::node(&self.job, ports, node::free_port).map_err(of_file)?;
-        if let Some(port) = ports.iter().find(|port| port.fixed.is_none()) {
-            let shown = node::shown_ports(&node.ports);
-            tell(
-                &self.file,
-                port.line,
-                &format!("ports of this run: {shown}"),
-            );
+        if let Some(port) = ports
+            .iter()
+            .find(|port| port.fixed.is_none() && !self.is_told)
+        {
+            let told = format!("ports of this run: {}", node::shown_ports(&node.ports));
+            tell(&self.file, port.line, &told);
         }
         let placed = self.placed(alloc_id, paths, &node);
         let templates = template::write(&placed).map_err(of_file)?;
@@ -130,8 +132,8 @@ impl JobTask {
         let inherited: BTreeMap<_, _> = inherited().collect();
         let made = self.fill_in(given, &placed, (account, alloc_dir), &inherited, &templates);
         let (request, ending) = made.map_err(of_file)?;
-        for (line, sentence) in self.open_names(&request) {
-            tell(&self.file, line, &sentence);
+        for (line, sentence) in self.open_names(&request).iter().filter(|_| !self.is_told) {
+            tell(&self.file, *line, sentence);
         }
         Ok((request, ending))
     }

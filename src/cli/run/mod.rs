@@ -1,7 +1,9 @@
 //! `run`: a command, or a task of a job file, through the very plan, scope and helper of a Nomad task, on any host with systemd.
 
+mod attend;
 mod given;
 pub mod job;
+mod learn;
 pub mod node;
 mod values;
 
@@ -10,30 +12,26 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use clap::Args;
 use thiserror::Error;
-use tokio::time::timeout;
-use tokio_stream::StreamExt;
 
-use self::job::JobTask;
-
+pub use self::attend::Ending;
+use self::attend::{Attendance, Attended, attend};
 pub use self::given::Given;
-use super::terminal::{Stops, copied_to, say};
+use self::job::JobTask;
+use self::learn::Learn;
+use super::terminal::{Stops, say};
 use crate::config::plugin::PluginConfig;
 use crate::config::task::TaskOptions;
 use crate::host;
+use crate::job::JobError;
 use crate::job::alloc_dir::{AllocDir, AllocDirError, Owner, Roots, TaskPaths};
 use crate::job::request::{new_alloc_id, new_task_id};
-use crate::job::{JobError, Logs};
 use crate::plan::capabilities;
 use crate::plan::limits::{Cpus, MemoryMax, Resources};
-use crate::plan::unit::UnitName;
-use crate::task::types::{
-    Destroy, DriverError, ExitResult, Names, Severity, TaskEvent, TaskId, TaskRequest,
-};
-use crate::task::{Flow, Output, TaskTable, Tasks};
+use crate::task::types::{DriverError, ExitResult, Names, TaskId, TaskRequest};
+use crate::task::{TaskTable, Tasks};
 use crate::users::{self, Account, UserError};
 
 /// Run a command, or a task of a job file, as a task: in its own systemd scope, limited, and with nothing open to it but
@@ -59,6 +57,8 @@ has not ended after kill_timeout or 5 seconds; a second Ctrl-C kills it at once.
 pub struct Run {
     #[command(flatten)]
     given: Given,
+    #[command(flatten)]
+    learn: Learn,
     /// The job file
     #[arg(
         value_name = "JOB.nomad.hcl",
@@ -79,6 +79,8 @@ pub struct Run {
 pub enum RunError {
     #[error("{}:{}: {}", file.display(), error.line, error.message)]
     Job { file: PathBuf, error: JobError },
+    #[error("--learn: {}: {error}", path.display())]
+    List { path: PathBuf, error: io::Error },
     #[error("{}: {problem}", path.display())]
     File { path: PathBuf, problem: String },
     #[error("run needs root, as Nomad's client does; try sudo")]
@@ -102,8 +104,6 @@ pub const DYNAMIC: (u32, u32) = (80_000, 89_999);
 /// Of a command.
 const CPU_MHZ: u64 = 1000;
 const MEMORY_MIB: u64 = 300;
-/// Nomad's default kill_timeout.
-const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Below it the directories of one run, as Nomad's below its data_dir. Traversable, since the command's user passes through.
 const BASE: &str = "/var/lib/nomad-driver-exec2/run";
 
@@ -141,52 +141,23 @@ impl Run {
             Some(account) => account,
             None => users::dynamic(unused_uid()?),
         };
-        let alloc_id = new_alloc_id();
-        let name = match (&job, self.command.first()) {
-            (Some(job), _) => job.name().to_owned(),
-            (None, Some(command)) => Path::new(command)
-                .file_name()
-                .filter(|name| *name != "alloc")
-                .map_or("task".into(), |name| name.to_string_lossy().into_owned()),
-            (None, None) => "task".into(),
+        let subject = Subject {
+            run: &self,
+            job,
+            account,
+            tasks,
         };
-        let roots = Roots {
-            allocs: Path::new(BASE).join("alloc"),
-            mounts: Path::new(BASE).join("alloc_mounts"),
-        };
-        let mut dir = AllocDir::create(&roots, &alloc_id)?;
-        let paths = dir.task(
-            &name,
-            Owner {
-                uid: account.uid,
-                gid: account.gid,
-            },
-        )?;
-        let (request, ending) = match job {
-            Some(job) => job.request(&self.given, &account, &alloc_id, dir.path(), &paths)?,
-            None => (
-                self.request(&account, &alloc_id, name, dir.path(), &paths),
-                Ending::default(),
-            ),
-        };
-        let (compute, usable) = (Some(host::compute()), Cpus::new());
-        tasks
-            .set_up(config(&request.options.cap_add), compute, usable)
-            .await;
-        let id = request.id.clone();
-        let ended = attend(&tasks, request, &ending, &mut stops).await;
-        // What is known of its end is told, whatever becomes of the directories. A task that could not be destroyed, and is
-        // still known therefore, keeps them.
-        if tasks.inspect(&id).await.is_ok() {
-            dir.leave();
-        } else if let Err(error) = dir.remove() {
-            say(error);
+        match self.learn.list()? {
+            Some(list) => learn::learn(subject, &self.learn, list, &mut stops).await,
+            None => {
+                let attempt = subject.once(Unveil::AsGiven, Attendance::default(), &mut stops);
+                Ok(attempt.await?.exit)
+            }
         }
-        ended
     }
 
     fn request(
-        self,
+        &self,
         account: &Account,
         alloc_id: &str,
         name: String,
@@ -207,7 +178,7 @@ impl Run {
             ("NOMAD_CPU_LIMIT".to_owned(), cpu_mhz.to_string()),
             ("NOMAD_MEMORY_LIMIT".to_owned(), memory_mib.to_string()),
         ]);
-        env.extend(inherited().chain(self.given.env));
+        env.extend(inherited().chain(self.given.env.iter().cloned()));
         let (command, args) = self
             .command
             .split_first()
@@ -218,7 +189,7 @@ impl Run {
             options: TaskOptions {
                 command,
                 args,
-                unveil: self.given.unveil,
+                unveil: self.given.unveil.clone(),
                 ..TaskOptions::default()
             },
             names: Names {
@@ -252,30 +223,90 @@ impl Run {
     }
 }
 
+/// What is run, as often as it is.
+#[derive(Debug)]
+struct Subject<'a> {
+    run: &'a Run,
+    job: Option<JobTask>,
+    account: Account,
+    tasks: TaskTable,
+}
+
+/// What one attempt unveils to the command.
+#[derive(Debug, Clone, Copy)]
+enum Unveil<'a> {
+    AsGiven,
+    /// On top of what is given.
+    Everything,
+    /// In place of what is given.
+    Only(&'a [String]),
+}
+
+impl Subject<'_> {
+    /// Runs it once, in directories of its own.
+    async fn once(
+        &self,
+        unveil: Unveil<'_>,
+        attendance: Attendance<'_>,
+        stops: &mut Stops,
+    ) -> Result<Attended, RunError> {
+        let (run, account) = (self.run, &self.account);
+        let alloc_id = new_alloc_id();
+        let name = match (&self.job, run.command.first()) {
+            (Some(job), _) => job.name().to_owned(),
+            (None, Some(command)) => Path::new(command)
+                .file_name()
+                .filter(|name| *name != "alloc")
+                .map_or("task".into(), |name| name.to_string_lossy().into_owned()),
+            (None, None) => "task".into(),
+        };
+        let roots = Roots {
+            allocs: Path::new(BASE).join("alloc"),
+            mounts: Path::new(BASE).join("alloc_mounts"),
+        };
+        let mut dir = AllocDir::create(&roots, &alloc_id)?;
+        let paths = dir.task(
+            &name,
+            Owner {
+                uid: account.uid,
+                gid: account.gid,
+            },
+        )?;
+        let (mut request, ending) = match self.job.clone() {
+            Some(job) => job.request(&run.given, account, &alloc_id, dir.path(), &paths)?,
+            None => (
+                run.request(account, &alloc_id, name, dir.path(), &paths),
+                Ending::default(),
+            ),
+        };
+        match unveil {
+            Unveil::AsGiven => {}
+            // First, as the first of two entries for one path counts.
+            Unveil::Everything => request.options.unveil.insert(0, learn::EVERYTHING.into()),
+            Unveil::Only(list) => request.options.unveil = list.to_vec(),
+        }
+        let (compute, usable) = (Some(host::compute()), Cpus::new());
+        self.tasks
+            .set_up(config(&request.options.cap_add), compute, usable)
+            .await;
+        let id = request.id.clone();
+        let ended = attend(&self.tasks, request, &ending, attendance, stops).await;
+        // What is known of its end is told, whatever becomes of the directories. A task that could not be destroyed, and is
+        // still known therefore, keeps them.
+        if self.tasks.inspect(&id).await.is_ok() {
+            dir.leave();
+        } else if let Err(error) = dir.remove() {
+            say(error);
+        }
+        ended
+    }
+}
+
 /// What a task gets of the caller's environment.
 pub fn inherited() -> impl Iterator<Item = (String, String)> {
     ["PATH", "LANG", "TERM"]
         .into_iter()
         .filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)))
-}
-
-/// How a task is stopped, and whether anybody reads what it writes.
-#[derive(Debug)]
-pub struct Ending {
-    /// `None` passes on the signal that stops us.
-    signal: Option<String>,
-    timeout: Duration,
-    pub logs: Logs,
-}
-
-impl Default for Ending {
-    fn default() -> Self {
-        Ending {
-            signal: None,
-            timeout: KILL_TIMEOUT,
-            logs: Logs::Collected,
-        }
-    }
 }
 
 /// The caller is root and the operator at once: what it unveils and the capabilities that it asks for are allowed. Names that are
@@ -286,78 +317,6 @@ fn config(cap_add: &[String]) -> PluginConfig {
         unveil_by_task: true,
         allow_caps: cap_add.iter().filter(known).cloned().collect(),
         ..PluginConfig::default()
-    }
-}
-
-/// Starts the task and stays with it to its end.
-async fn attend(
-    tasks: &TaskTable,
-    request: TaskRequest,
-    ending: &Ending,
-    stops: &mut Stops,
-) -> Result<ExitResult, RunError> {
-    let id = request.id.clone();
-    let (output, copies) = match ending.logs {
-        Logs::Collected => {
-            let (stdout, copy_stdout) = copied_to(io::stdout())?;
-            let (stderr, copy_stderr) = copied_to(io::stderr())?;
-            (
-                Output::Given([stdout, stderr]),
-                vec![copy_stdout, copy_stderr],
-            )
-        }
-        // The request names /dev/null.
-        Logs::Disabled => {
-            let unit = UnitName::of_task(id.as_str());
-            say(format!(
-                "logs are disabled: what the task prints is in journalctl -u {unit}"
-            ));
-            (Output::Logs, Vec::new())
-        }
-    };
-    let mut events = tasks.events();
-    tasks.start_with(request, output).await?;
-    print_warnings(&mut events).await;
-    let ended = follow(tasks, &id, ending, stops).await;
-    print_warnings(&mut events).await;
-    // Until the task is destroyed, something could still write.
-    match tasks.destroy(&id, Destroy::EvenIfRunning).await {
-        Ok(()) => {
-            for copy in copies {
-                let _ = copy.join();
-            }
-        }
-        Err(error) => say(error),
-    }
-    Ok(ended?)
-}
-
-/// What the events so far warn of: a limit that is not in force, an end by the OOM killer.
-async fn print_warnings(events: &mut Flow<TaskEvent>) {
-    // A timeout of nothing polls once: it gives what is there, and does not wait for more.
-    while let Ok(Some(event)) = timeout(Duration::ZERO, events.next()).await {
-        if event.severity == Severity::Warning {
-            say(event.message);
-        }
-    }
-}
-
-async fn follow(
-    tasks: &TaskTable,
-    id: &TaskId,
-    ending: &Ending,
-    stops: &mut Stops,
-) -> Result<ExitResult, DriverError> {
-    tokio::select! {
-        result = tasks.wait(id) => result,
-        name = stops.next() => {
-            let name = ending.signal.as_deref().unwrap_or(name);
-            tokio::select! {
-                stopped = tasks.stop(id, ending.timeout, name) => stopped?,
-                _ = stops.next() => tasks.stop(id, Duration::ZERO, "SIGKILL").await?,
-            }
-            tasks.wait(id).await
-        }
     }
 }
 

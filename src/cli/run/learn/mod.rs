@@ -1,0 +1,293 @@
+//! `run --learn`: what the command has to have unveiled. It runs with everything unveiled, and is watched.
+
+mod calls;
+mod list;
+mod look;
+mod prune;
+mod trace;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use clap::Args;
+
+use self::list::{Entry, Ground, List, list};
+use self::trace::{Traced, Unseen};
+use super::attend::{Attendance, By};
+use super::{RunError, Subject, Unveil};
+use crate::cli::terminal::{Stops, say};
+use crate::plan::steps::{Access, Order, Place, Source};
+use crate::plan::unveil;
+use crate::task::Tracing;
+use crate::task::types::ExitResult;
+
+/// What the command is given to learn what it uses.
+pub const EVERYTHING: &str = "rwxc:/";
+/// Of hidden paths that were missed, in one sentence.
+const MOST_MISSED: usize = 5;
+
+/// How to learn what a command has to have unveiled.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "To learn what to unveil")]
+pub struct Learn {
+    /// Run with everything unveiled, and print the shortest `unveil` list under which the command could do what it did; to
+    /// standard error, or into FILE
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 0..=1,
+        require_equals = true
+    )]
+    learn: Option<Option<PathBuf>>,
+    /// Run the command again without each entry and each letter, and leave out those without which it ends with the same status, and prints the same if it does so twice
+    #[arg(long, requires = "learn")]
+    prune: bool,
+    /// Say by a shell command when a server works: it is tried until it succeeds, and then the task is stopped
+    #[arg(long, value_name = "COMMAND", requires = "learn")]
+    probe: Option<String>,
+}
+
+/// Where the list goes.
+#[derive(Debug)]
+pub enum Target {
+    Stderr,
+    File(PathBuf, File),
+}
+
+impl Learn {
+    /// The list's file, before anything is run.
+    pub fn list(&self) -> Result<Option<Target>, RunError> {
+        let path = match &self.learn {
+            None => return Ok(None),
+            Some(None) => return Ok(Some(Target::Stderr)),
+            Some(Some(path)) => path.clone(),
+        };
+        match File::create(&path) {
+            Ok(file) => Ok(Some(Target::File(path, file))),
+            Err(error) => Err(RunError::List { path, error }),
+        }
+    }
+}
+
+impl Target {
+    fn write(self, text: &str) -> Result<(), RunError> {
+        match self {
+            // As with all that is said, nobody may read.
+            Target::Stderr => {
+                let _ = io::stderr().write_all(text.as_bytes());
+                Ok(())
+            }
+            Target::File(path, mut file) => file
+                .write_all(text.as_bytes())
+                .map_err(|error| RunError::List { path, error }),
+        }
+    }
+}
+
+pub async fn learn(
+    mut subject: Subject<'_>,
+    options: &Learn,
+    target: Target,
+    stops: &mut Stops,
+) -> Result<ExitResult, RunError> {
+    let begun = Instant::now();
+    let (send, receive) = mpsc::channel();
+    let tracing = Tracing {
+        calls: calls::numbers(),
+        attach: Box::new(move |helper, order| {
+            let tracer = trace::attach(helper).map_err(explained)?;
+            let _ = send.send((tracer, order.clone()));
+            Ok(())
+        }),
+    };
+    let attendance = Attendance {
+        tracing: Some(tracing),
+        probe: options.probe.as_deref(),
+        ..Attendance::default()
+    };
+    let attended = subject.once(Unveil::Everything, attendance, stops).await?;
+    let took = begun.elapsed();
+    let Some((traced, order)) = receive.try_recv().ok().and_then(joined) else {
+        return Err(io::Error::other("the tracer ended before the command").into());
+    };
+    let listed = list(&traced.seen, &ground(&order));
+    remark(&traced, &order, &listed);
+    let mut entries = listed.entries;
+    let mut comment =
+        "# what the command used; it may be able to do without some of it (see --prune)";
+    if options.prune && attended.by == By::Person {
+        say(
+            "the command was stopped before it ended: there is no end to compare, and nothing is pruned",
+        );
+    } else if options.prune {
+        if let Some(job) = &mut subject.job {
+            job.is_told = true;
+        }
+        let pruning = prune::Pruning::new(&subject, &attended, took, options.probe.as_deref());
+        if let Some(pruned) = pruning.prune(entries.clone(), stops).await? {
+            entries = pruned;
+            comment = "# without any letter of it the command ends otherwise";
+        }
+    }
+    target.write(&hcl(comment, &entries))?;
+    Ok(attended.exit)
+}
+
+fn joined((tracer, order): (JoinHandle<Traced>, Order)) -> Option<(Traced, Order)> {
+    Some((tracer.join().ok()?, order))
+}
+
+fn explained(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => io::Error::other(format!(
+            "{error}; --learn needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope below 3"
+        )),
+        _ => error,
+    }
+}
+
+/// What is open whatever the list says.
+fn ground(order: &Order) -> Ground {
+    let task_dir = order.task_dir.path.clone();
+    let place = |place: &Place| match place {
+        Place::Task(own) => task_dir.join(own),
+        Place::Host(path) => without_links(path),
+    };
+    let mut ground = Ground {
+        task_dir: task_dir.clone(),
+        private: vec!["/tmp".into(), "/dev/shm".into()],
+        ..Ground::default()
+    };
+    for rule in &order.rules {
+        let path = place(&rule.place);
+        match rule.source {
+            Source::Task if path == Path::new("/") || rule.place == order.work_dir => {}
+            Source::Task => ground.given.push(path),
+            Source::Default => {}
+            Source::Driver | Source::Plugin => ground.open.push((path, rule.access)),
+        }
+    }
+    if let Place::Host(dir) = &order.work_dir {
+        ground
+            .open
+            .push((without_links(dir), unveil::letters("rwxc")));
+    }
+    // All of them, also where an entry of the caller took one's place.
+    let defaults = unveil::DEFAULTS
+        .iter()
+        .flat_map(|(mode, paths)| paths.iter().map(move |path| (path, unveil::letters(mode))));
+    let defaults: Vec<(PathBuf, Access)> = defaults
+        .map(|(path, access)| (without_links(Path::new(path)), access))
+        .collect();
+    ground.defaults = defaults;
+    ground
+}
+
+fn without_links(path: &Path) -> PathBuf {
+    // Links there lead to what is open in this very process.
+    if path.starts_with("/dev") {
+        return path.to_owned();
+    }
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Says what the list does not.
+fn remark(traced: &Traced, order: &Order, list: &List) {
+    list.remarks.iter().for_each(say);
+    for unseen in &traced.unseen {
+        match unseen {
+            Unseen::IoUring => say(
+                "the command uses io_uring: no call tells which files it opens that way, so the list may lack some",
+            ),
+            Unseen::Foreign => say(
+                "the command makes system calls of another architecture or ABI (a 32-bit program?): the list lacks what they did",
+            ),
+            // Only root in the host's network is kept from them.
+            Unseen::AbstractSocket if order.uid == 0 && order.network_namespace.is_none() => say(
+                "the command connects to an abstract Unix socket, which no list opens to root but one with w:/ or c:/",
+            ),
+            Unseen::AbstractSocket => {}
+        }
+    }
+    let missed: Vec<String> = traced
+        .missed
+        .iter()
+        .filter(|path| is_hidden(path, order.uid))
+        .take(MOST_MISSED)
+        .map(|path| path.display().to_string())
+        .collect();
+    if !missed.is_empty() {
+        say(format_args!(
+            "hidden from the command, which looked for it: {}; if it is to have it, learn again with --unveil",
+            missed.join(", ")
+        ));
+    }
+}
+
+/// Whether it is the view that made something missing.
+fn is_hidden(path: &Path, uid: u32) -> bool {
+    let is_there = |path: &Path| fs::symlink_metadata(path).is_ok();
+    match uid {
+        0 => is_there(path) || path.parent().is_some_and(is_there),
+        _ => unveil::leads_to_manager(path) && is_there(path),
+    }
+}
+
+/// As it stands in a job file.
+fn hcl(comment: &str, entries: &[Entry]) -> String {
+    if entries.is_empty() {
+        return "unveil = []\n".into();
+    }
+    let mut text = format!("{comment}\nunveil = [\n");
+    for entry in entries {
+        text += &format!("  {},\n", quoted(&entry.to_string()));
+    }
+    text + "]\n"
+}
+
+/// A string of HCL: JSON's, in which `${` and `%{` begin nothing.
+fn quoted(text: &str) -> String {
+    let json = serde_json::Value::from(text).to_string();
+    // JSON's short forms that HCL does not know.
+    let plain = json.replace("\\b", "\\u0008").replace("\\f", "\\u000c");
+    plain.replace("${", "$${").replace("%{", "%%{")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_list_reads_as_hcl_whatever_is_in_a_path() {
+        let paths = ["/a b", "/a\"b\\c", "/${x}%{y}", "/a\nb\tc\u{8}\u{1}", "/ä"];
+        let entries = paths.map(|path| Entry {
+            access: unveil::letters("r"),
+            path: path.into(),
+        });
+        let text = hcl("# comment", &entries);
+        let body: hcl::Body = hcl::from_str(&text).unwrap();
+        let list = body.attributes().next().unwrap().expr().clone();
+        let hcl::Expression::Array(items) = list else {
+            panic!("{list:?}")
+        };
+        let read: Vec<String> = items.iter().map(ToString::to_string).collect();
+        for (item, path) in read.iter().zip(paths) {
+            let item: hcl::Expression = item.parse().unwrap();
+            let value = match item {
+                hcl::Expression::String(text) => text,
+                hcl::Expression::TemplateExpr(template) => template.to_string(),
+                other => panic!("{other:?}"),
+            };
+            if !path.contains('{') {
+                assert_eq!(value, format!("r:{path}"));
+            }
+        }
+        assert!(text.contains("$${x}%%{y}"), "{text}");
+        assert_eq!(hcl("# c", &[]), "unveil = []\n");
+    }
+}
