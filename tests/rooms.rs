@@ -94,6 +94,7 @@ const ROOMS: [Room; 18] = [
             "breakpoint",
             "cgroup::unified",
             "mountinfo",
+            "plan::command",
             "plan::session",
             "plan::steps",
             "record",

@@ -7,7 +7,8 @@ use nix::unistd::execve;
 use rustix::fs::{FileType, stat};
 
 use super::report::Failure;
-use crate::plan::steps::{self, Step};
+use crate::plan::command;
+use crate::plan::steps::Step;
 
 /// Everything that exec needs, made before the scope pays for it.
 #[derive(Debug)]
@@ -41,8 +42,8 @@ impl Command {
             .collect::<Result<_, _>>()?;
         let variables = env.iter().map(|(key, value)| format!("{key}={value}"));
         let environment = variables.map(text).collect::<Result<_, _>>()?;
-        let search_path = steps::search_path(command, env).map(str::to_owned);
-        let candidates = steps::candidates(command, env).into_iter().map(text);
+        let search_path = command::search_path(command, env).map(str::to_owned);
+        let candidates = command::candidates(command, env).into_iter().map(text);
         let candidates = candidates.collect::<Result<_, _>>()?;
         Ok(Command {
             name: command.into(),

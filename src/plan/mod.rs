@@ -1,6 +1,7 @@
 //! Pure: configuration in, one `Plan` out that says everything that will happen. No I/O, no clock, no environment.
 
 pub mod capabilities;
+pub mod command;
 pub mod denials;
 pub mod environment;
 pub mod files;

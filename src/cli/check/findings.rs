@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::getxattr;
 
-use crate::plan::steps::{Access, Order, Place, Rule, Source, candidates, search_path};
+use crate::plan::command::{candidates, search_path};
+use crate::plan::steps::{Access, Order, Place, Rule, Source};
 use crate::plan::unveil::Overruled;
 
 /// Something about one rule.
