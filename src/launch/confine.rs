@@ -10,7 +10,7 @@ use landlock::{
     ABI, Access as _, AccessFs, BitFlags, CompatLevel, Compatible, PathBeneath, RestrictSelfAttr,
     Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
-use rustix::fs::{FileType, OFlags, Stat, fstat, stat};
+use rustix::fs::{FileType, OFlags, Stat, fstat, fstatfs, stat};
 use rustix::io::Errno;
 
 use super::place::TaskRoot;
@@ -25,6 +25,10 @@ const CREATE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
     MakeReg | MakeDir | MakeSym | MakeFifo | MakeSock | RemoveFile | RemoveDir | Refer
 });
 
+/// linux/magic.h.
+const PROC_MAGIC: u64 = 0x9fa0;
+const CGROUP_MAGIC: u64 = 0x0027_e0eb;
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
 const PROC: &str = "/proc";
 const CGROUP: &str = "/sys/fs/cgroup";
 
@@ -56,15 +60,16 @@ impl Rules {
             operators: BTreeSet::new(),
             left: Vec::new(),
         };
-        let own: Vec<u64> = [PROC, CGROUP]
-            .iter()
-            .filter_map(|mount| Some(stat(*mount).ok()?.st_dev))
-            .collect();
         for (index, rule) in order.rules.iter().enumerate() {
+            // A rule of the operator's that is left may be for the same object, and comes first.
+            if rule.source == Source::Task && rules.leaves_operators(order) {
+                rules.left.push(index);
+                continue;
+            }
             match root.open_without_magic(&rule.place) {
                 Ok(object) => {
                     let status = fstat(&object).at_path(Step::Rules, &rule.written)?;
-                    if own.contains(&status.st_dev) {
+                    if is_of_a_process(&object).at_path(Step::Rules, &rule.written)? {
                         rules.left.push(index);
                     } else {
                         rules.grant(rule, &object, &status)?;
@@ -80,6 +85,11 @@ impl Rules {
                 .map_err(|error| refused(Step::Rules, &error))?;
         }
         Ok(rules)
+    }
+
+    fn leaves_operators(&self, order: &Order) -> bool {
+        let mut left = self.left.iter().filter_map(|index| order.rules.get(*index));
+        left.any(|rule| rule.source == Source::Plugin)
     }
 
     /// Opens the others, as the task's process.
@@ -167,6 +177,12 @@ fn empty_ruleset(order: &Order) -> Result<RulesetCreated, landlock::RulesetError
         ruleset = ruleset.scope(Scope::AbstractUnixSocket)?;
     }
     ruleset.create()
+}
+
+/// Whether it is on a procfs or a cgroup filesystem, wherever that is mounted.
+fn is_of_a_process(object: &OwnedFd) -> Result<bool, Errno> {
+    let kind = fstatfs(object)?.f_type as u64;
+    Ok([PROC_MAGIC, CGROUP_MAGIC, CGROUP2_MAGIC].contains(&kind))
 }
 
 /// Whether it counts for nothing, now and later, that its path is not there.

@@ -65,14 +65,14 @@ pub(super) fn as_task<T>(
         let effective = own.permitted & CapabilitySet::from_bits_retain(order.bounding);
         set_capabilities(None, CapabilitySets { effective, ..own }).at(Step::Rules)?;
     } else {
-        // The kernel empties the effective capabilities with it.
+        // The kernel empties the effective capabilities with it, and makes the process as dumpable as fs.suid_dumpable says.
         set_thread_res_uid(root, Uid::from_raw(order.uid), root).at(Step::Rules)?;
+        set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Rules)?;
     }
     let opened = open();
     set_thread_res_uid(root, root, root).at(Step::Rules)?;
     set_capabilities(None, own).at(Step::Rules)?;
     set_thread_res_gid(group, group, group).at(Step::Rules)?;
-    // Another user made it as dumpable as fs.suid_dumpable says.
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Rules)?;
     opened
 }

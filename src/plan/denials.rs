@@ -147,13 +147,20 @@ impl Denied<'_> {
 }
 
 impl Remedy {
-    /// `mode:path`; empty without one.
+    /// `mode:path`; empty without one, and where it cannot be taken as it is shown.
     pub fn shown_entry(&self) -> String {
         match self {
-            Remedy::Entry { entry, .. } => one_line(entry, PATH_BYTES),
-            Remedy::Nothing(_) => String::new(),
+            Remedy::Entry { entry, .. } if is_plain(entry) => entry.clone(),
+            Remedy::Entry { .. } | Remedy::Nothing(_) => String::new(),
         }
     }
+}
+
+/// Whether a text is the same in a sentence, between quotes of a job file and on one line. A task may name a file
+/// `x", "rwxc:/`, and somebody is to copy what is told.
+fn is_plain(text: &str) -> bool {
+    let means_something = ["\"", "\\", "${", "%{"];
+    one_line(text, PATH_BYTES) == text && !means_something.iter().any(|it| text.contains(it))
 }
 
 fn entry(missing: Access, path: &Path, unveiled: Unveiled<'_>) -> Remedy {
@@ -261,14 +268,19 @@ impl fmt::Display for Remedy {
             Whose::Job => "unveil",
             Whose::Operator => "the operator's unveil_paths",
         };
+        let shown = self.shown_entry();
         match instead_of {
+            _ if shown.is_empty() => write!(
+                f,
+                "an entry in {key} would allow it, but this path has characters to be written by hand"
+            ),
             Some(old) => write!(
                 f,
                 "\"{}\" in place of \"{}\" in {key} would allow it",
-                self.shown_entry(),
+                shown,
                 one_line(old, PATH_BYTES)
             ),
-            None => write!(f, "\"{}\" in {key} would allow it", self.shown_entry()),
+            None => write!(f, "\"{shown}\" in {key} would allow it"),
         }
     }
 }
@@ -415,10 +427,26 @@ mod tests {
     #[test]
     fn nothing_that_acts_on_a_reader_is_in_a_sentence() {
         let told = told(&config(), &[], "fs.read_file", "/x\n\u{202e}y");
-        assert!(
-            told.contains(r#""r:/x<U+000A><U+202E>y" in unveil"#),
-            "{told}"
-        );
+        assert!(told.contains("read /x<U+000A><U+202E>y; "), "{told}");
+    }
+
+    #[test]
+    fn an_entry_that_would_not_be_read_as_it_is_shown_is_not_shown() {
+        let long = format!("/{}", "x".repeat(PATH_BYTES));
+        for path in [
+            "/x\ny",
+            "/vol/x\", \"rwxc:/",
+            "/x\\u0041",
+            "/${x}",
+            "/%{x}",
+            &long,
+        ] {
+            let told = told(&config(), &[], "fs.read_file", path);
+            assert!(
+                told.ends_with("; an entry in unveil would allow it, but this path has characters to be written by hand"),
+                "{told}"
+            );
+        }
     }
 
     #[test]

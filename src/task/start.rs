@@ -404,7 +404,7 @@ fn assemble(
         sessions: Arc::new(Semaphore::new(exec::MOST_SESSIONS)),
         cpus: Mutex::new(plan.limits.allowed_cpus.clone()),
         denials: Mutex::default(),
-        asked: Asked::by(request),
+        asked: Asked::new(&request.options.unveil, &plan.order.task_dir.path),
         exit: watch::Sender::new(None),
     };
     Ok((task, state))

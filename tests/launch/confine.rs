@@ -249,6 +249,18 @@ fn a_missing_path_fails_the_start_unless_it_is_a_default() {
 }
 
 #[test]
+fn what_an_operator_says_of_a_path_holds_by_whatever_name() {
+    for name in ["", "/proc/self/root"] {
+        let (stage, ground) = ground();
+        let operators = PathBuf::from(format!("{name}{}", ground.display()));
+        let order = tries(&stage, ON_A_DIRECTORY, &ground);
+        let order = order.unveiled_by(Source::Plugin, "r", &operators);
+        let order = order.unveiling("rwxc", &ground);
+        assert_eq!(succeed(&stage, order), "list read ", "{name:?}");
+    }
+}
+
+#[test]
 fn root_opens_its_paths_with_the_capabilities_it_will_have() {
     const OVER_MODES: u64 = 1 << 1 | 1 << 2;
     let ground = |stage: &Stage| {

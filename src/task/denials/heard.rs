@@ -7,6 +7,8 @@ use crate::audit::{Denial, Process, Record, What};
 
 /// Events whose end was not heard yet. Beyond that the oldest counts as whole.
 const MOST_OPEN: usize = 64;
+/// Denials of one event: a system call of io_uring's may be many attempts.
+const MOST_DENIALS: usize = 16;
 /// An event whose end does not come, as without a record of its system call, is whole after this.
 const WHOLE_AFTER: Duration = Duration::from_millis(100);
 
@@ -37,7 +39,12 @@ impl Heard {
         let number = record.event;
         let at = self.open.iter().rposition(|event| event.number == number);
         match record.what {
-            What::Denial(denial) => self.event(number, now).denials.push(denial),
+            What::Denial(denial) => {
+                let denials = &mut self.event(number, now).denials;
+                if denials.len() < MOST_DENIALS {
+                    denials.push(denial);
+                }
+            }
             What::Domain { domain, creator } => {
                 self.event(number, now).creators.push((domain, creator));
             }
@@ -102,6 +109,16 @@ mod tests {
             pid,
             name: "cat".into(),
         }
+    }
+
+    #[test]
+    fn of_one_event_no_more_is_kept_than_can_be_told() {
+        let (mut heard, now) = (Heard::default(), Instant::now());
+        for attempt in 0..1_000 {
+            heard.take(record(1, denial(&format!("/{attempt}"))), now);
+        }
+        let event = heard.take(record(1, What::End), now).unwrap();
+        assert_eq!(event.denials.len(), MOST_DENIALS);
     }
 
     #[test]

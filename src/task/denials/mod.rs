@@ -30,7 +30,7 @@ use heard::{Event, Heard};
 pub(super) use told::Told;
 use told::{End, Verdict};
 
-/// Records read at once, and the pause after so many: a task that is denied things as fast as it can must not have us busy with
+/// Records read at once at most, and the pause after them: a task that is denied things as fast as it can must not have us busy with
 /// it, outside of its limits. What the socket does not hold meanwhile is lost, and that is told.
 const BATCH: usize = 512;
 const BREATH: Duration = Duration::from_millis(10);
@@ -66,22 +66,24 @@ pub(super) struct Asked {
 }
 
 impl Asked {
+    pub fn new(unveil: &[String], task_dir: &Path) -> Self {
+        Self {
+            unveil: unveil.to_owned(),
+            task_dir: task_dir.to_owned(),
+        }
+    }
+
+    /// Of a task that was found again: its directory is that of its variables, which may say anything, but are for advice alone.
     pub fn by(request: &TaskRequest) -> Self {
         let local = request.env.get("NOMAD_TASK_DIR").map(Path::new);
-        Self {
-            unveil: request.options.unveil.clone(),
-            task_dir: local
-                .and_then(Path::parent)
-                .map(Path::to_owned)
-                .unwrap_or_default(),
-        }
+        let task_dir = local.and_then(Path::parent).unwrap_or(Path::new(""));
+        Self::new(&request.options.unveil, task_dir)
     }
 }
 
 #[derive(Debug)]
 struct Batch {
     records: Vec<Record>,
-    is_full: bool,
     has_lost: bool,
 }
 
@@ -131,7 +133,6 @@ impl Denials {
         let read = |socket: &OwnedFd| {
             let mut batch = Batch {
                 records: Vec::new(),
-                is_full: false,
                 has_lost: false,
             };
             for read in 0..BATCH {
@@ -148,7 +149,6 @@ impl Denials {
                     Err(error) => return Err(error),
                 }
             }
-            batch.is_full = true;
             Ok(batch)
         };
         self.socket.async_io(Interest::READABLE, read).await
@@ -206,7 +206,7 @@ impl TaskTable {
                 timeout(TICK, heard).await.ok()
             };
             let now = Instant::now();
-            let is_full = match batch {
+            let has_heard = match batch {
                 Some(Ok(batch)) => {
                     if batch.has_lost {
                         tell_loss(&mut kept.loss_told, now);
@@ -214,7 +214,7 @@ impl TaskTable {
                     for record in batch.records {
                         self.take(&denials, &mut kept, record, now);
                     }
-                    batch.is_full
+                    true
                 }
                 Some(Err(error)) => {
                     warn!("audit: {error}; what Landlock denies to tasks is told no more");
@@ -226,7 +226,7 @@ impl TaskTable {
                 self.judge(&denials, &mut kept, event, now);
             }
             self.look_again(&denials, &mut kept, now);
-            if is_full {
+            if has_heard {
                 sleep(BREATH).await;
             }
         }
@@ -287,19 +287,20 @@ impl TaskTable {
     }
 
     fn look_again(&self, denials: &Denials, kept: &mut Kept, now: Instant) {
-        for (since, event) in std::mem::take(&mut kept.strange) {
-            for denial in &event.denials {
+        for (since, mut event) in std::mem::take(&mut kept.strange) {
+            let mut still_strange = Vec::new();
+            for denial in std::mem::take(&mut event.denials) {
                 if let Some(task) = self.owner_of(denials, &event, denial.domain) {
-                    self.tell_of(&mut kept.short, &task, denial, &event, now);
+                    self.tell_of(&mut kept.short, &task, &denial, &event, now);
                 } else if now.duration_since(since) < STRANGE_FOR {
-                    let rest = Event {
-                        denials: vec![denial.clone()],
-                        ..event.clone()
-                    };
-                    kept.strange.push_back((since, rest));
+                    still_strange.push(denial);
                 } else {
                     denials.know(denial.domain, None);
                 }
+            }
+            if !still_strange.is_empty() {
+                event.denials = still_strange;
+                kept.strange.push_back((since, event));
             }
         }
         kept.short.retain(|task| {

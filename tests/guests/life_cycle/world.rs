@@ -42,8 +42,10 @@ impl World {
         let before = Ground::survey()?;
         let agent = agent(context).await?;
         let plugin = agent.plugin_pid().await.context("there is no plugin")?;
-        // Before the first task, with which comes the watch for reserved CPUs.
-        let descriptors = Descriptors::of(plugin)?.and_one("anon_inode:inotify");
+        // Before the first task, with which come the watch for reserved CPUs and the ear for denials.
+        let descriptors = Descriptors::of(plugin)?
+            .and_one("anon_inode:inotify")
+            .and_one("socket");
         let mut slots = Vec::new();
         for _ in 0..TASKS_MAX {
             slots.push(Slot::new(&agent).await?);
