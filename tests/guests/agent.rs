@@ -14,15 +14,20 @@ use crate::case;
 use crate::nomad::{Job, Scope, proc_file, said, status, until};
 
 pub const CASES: &[Case] = &[
-    case!(Kernel, Agent, a_real_agent_runs_jobs_in_scopes),
+    case!(Limits, Agent, a_real_agent_runs_jobs_in_scopes),
     case!(Limits, Agent, a_real_agent_shows_why_a_task_did_not_start),
-    case!(Limits, Agent, a_real_agents_node_shows_what_the_host_lacks),
+    case!(
+        Limits,
+        Agent,
+        a_real_agents_node_shows_what_the_host_lacks,
+        Minutes
+    ),
     case!(
         Limits,
         Agent,
         a_real_agents_reserved_core_is_its_tasks_alone
     ),
-    case!(Limits, Agent, a_real_agent_runs_the_examples),
+    case!(Limits, Agent, a_real_agent_runs_the_examples, Minutes),
     case!(
         Limits,
         Agent,

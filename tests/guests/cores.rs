@@ -17,7 +17,8 @@ pub const CASES: &[Case] = &[
     case!(
         Limits,
         Ours,
-        reservations_are_followed_through_restarts_and_reloads
+        reservations_are_followed_through_restarts_and_reloads,
+        Minutes
     ),
     case!(
         Limits,

@@ -42,10 +42,10 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_task_has_many_sessions_and_not_too_many),
     case!(Speed, Ours, a_script_is_run_as_a_check_runs_it),
     case!(Speed, Ours, what_takes_no_session_says_why),
-    case!(Everywhere, Ours, a_task_gets_nothing_out_of_sessions_in_it),
+    case!(Both, Ours, a_task_gets_nothing_out_of_sessions_in_it),
     case!(Kernel, Ours, a_session_is_within_the_tasks_memory_limit),
     case!(Speed, Ours, a_session_begins_soon),
-    case!(Limits, Agent, a_real_agent_opens_sessions, Long),
+    case!(Limits, Agent, a_real_agent_opens_sessions, Minutes),
 ];
 
 const PATIENCE: Duration = Duration::from_secs(40);

@@ -16,8 +16,8 @@ use crate::case;
 use crate::nomad::{Job, Scope, agent, proc_file, said, until};
 
 pub const CASES: &[Case] = &[
-    case!(Everywhere, Ours, tasks_and_limits_outlast_systemds_reloads),
-    case!(Everywhere, Ours, tasks_and_limits_outlast_new_systemds),
+    case!(Both, Ours, tasks_and_limits_outlast_systemds_reloads),
+    case!(Both, Ours, tasks_and_limits_outlast_new_systemds),
     case!(Both, Ours, a_scope_stopped_by_hand_tells_its_signal),
     case!(Speed, Ours, a_slice_stopped_by_hand_ends_all_tasks),
     case!(Both, Ours, a_frozen_task_still_runs_and_goes_on),

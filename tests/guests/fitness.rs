@@ -17,7 +17,7 @@ use crate::case;
 use crate::nomad::{Job, Scope, agent, agent_with, printed, refusal, said, until};
 
 pub const CASES: &[Case] = &[
-    case!(Everywhere, Ours, the_node_tells_what_this_host_offers),
+    case!(Both, Ours, the_node_tells_what_this_host_offers),
     case!(Speed, Ours, a_plugin_that_is_not_root_says_so),
     case!(Speed, Ours, a_kernel_without_landlock_is_no_host),
     case!(Speed, Ours, a_host_without_a_bus_is_unhealthy),

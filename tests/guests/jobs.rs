@@ -10,14 +10,14 @@ use crate::case;
 use crate::nomad::{Job, Scope, agent, printed, proc_file, to_end, until};
 
 pub const CASES: &[Case] = &[
-    case!(Everywhere, Ours, the_first_job_prints_its_environment),
+    case!(Both, Ours, the_first_job_prints_its_environment),
     case!(Everywhere, Ours, what_is_not_unveiled_is_closed_to_everyone),
     case!(
         Both,
         Ours,
         user_namespaces_are_for_whom_the_operator_allows_them_or_opens_proc
     ),
-    case!(Everywhere, Ours, a_service_lives_in_a_scope_of_its_own),
+    case!(Both, Ours, a_service_lives_in_a_scope_of_its_own),
     case!(Kernel, Ours, the_kernel_and_systemd_have_the_jobs_limits),
     case!(Kernel, Ours, a_task_beyond_its_memory_is_killed_and_says_so),
     case!(

@@ -11,10 +11,10 @@ use crate::case;
 use crate::nomad::{Job, Scope, agent, said, to_end, until};
 
 pub const CASES: &[Case] = &[
-    case!(Everywhere, Ours, an_exit_is_reported_as_it_was),
-    case!(Everywhere, Ours, a_task_without_logs_writes_to_the_journal),
+    case!(Both, Ours, an_exit_is_reported_as_it_was),
+    case!(Both, Ours, a_task_without_logs_writes_to_the_journal),
     case!(Both, Ours, a_task_survives_a_dead_log_collector),
-    case!(Everywhere, Ours, a_stop_leaves_nothing),
+    case!(Both, Ours, a_stop_leaves_nothing),
     case!(Both, Ours, a_stop_ends_what_the_task_has_scattered),
     case!(Both, Ours, a_natural_end_leaves_nothing),
     case!(Speed, Ours, a_stop_returns_when_the_last_process_has_ended),

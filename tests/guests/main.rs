@@ -120,6 +120,9 @@ macro_rules! case {
     ($needs:ident, $subject:ident, $function:ident, Long) => {
         case!(@ $needs, $subject, $function, Long, None)
     };
+    ($needs:ident, $subject:ident, $function:ident, Minutes) => {
+        case!(@ $needs, $subject, $function, Minutes, None)
+    };
     ($needs:ident, $subject:ident, $function:ident, $after_reboot:ident) => {
         case!(@ $needs, $subject, $function, Short, Some($after_reboot))
     };

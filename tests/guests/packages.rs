@@ -22,9 +22,14 @@ pub const CASES: &[Case] = &[
         ProgramLimits,
         Agent,
         an_upgrade_and_a_downgrade_leave_tasks_running,
-        Long
+        Minutes
     ),
-    case!(ProgramLimits, Agent, a_removal_leaves_tasks_running, Long),
+    case!(
+        ProgramLimits,
+        Agent,
+        a_removal_leaves_tasks_running,
+        Minutes
+    ),
 ];
 
 const NAME: &str = "nomad-driver-exec2-systemd";

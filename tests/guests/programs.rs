@@ -19,7 +19,12 @@ pub const CASES: &[Case] = &[
     case!(Programs, Ours, node_serves_over_http),
     case!(Programs, Ours, redis_keeps_a_value),
     case!(Programs, Ours, postgresql_answers_a_query),
-    case!(ProgramLimits, Ours, java_sizes_itself_by_the_tasks_limits),
+    case!(
+        ProgramLimits,
+        Ours,
+        java_sizes_itself_by_the_tasks_limits,
+        Minutes
+    ),
     case!(ProgramLimits, Ours, go_sizes_itself_by_the_tasks_cpus),
 ];
 

@@ -23,11 +23,7 @@ pub const CASES: &[Case] = &[
         a_task_outlives_restarts_and_crashes_of_the_plugin
     ),
     case!(Speed, Ours, an_upgrade_leaves_tasks_running),
-    case!(
-        Everywhere,
-        Ours,
-        an_end_that_no_plugin_saw_is_told_by_its_record
-    ),
+    case!(Both, Ours, an_end_that_no_plugin_saw_is_told_by_its_record),
     case!(Speed, Ours, an_agent_that_crashed_finds_its_tasks_again),
     case!(Speed, Ours, a_senseless_handle_is_refused_with_a_sentence),
     case!(Speed, Ours, a_stranger_with_the_pid_of_a_task_is_left_alone),

@@ -19,7 +19,7 @@ pub const CASES: &[Case] = &[
         Ours,
         a_scope_takes_the_parked_process_and_goes_when_stopped
     ),
-    case!(Everywhere, Ours, a_scope_starts_in_reasonable_time),
+    case!(Both, Ours, a_scope_starts_in_reasonable_time),
     case!(
         Limits,
         Ours,

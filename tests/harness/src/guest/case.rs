@@ -42,7 +42,7 @@ pub enum Reach {
 }
 
 impl Needs {
-    pub fn met_by(self, guest: GuestName, reach: Reach) -> bool {
+    fn met_by(self, guest: GuestName, reach: Reach) -> bool {
         let container = guest.kind == Kind::Nspawn;
         let full = reach == Reach::Full;
         match self {
@@ -72,13 +72,15 @@ pub enum Length {
     Short,
     /// It does so much that a busy machine needs several times as long as others get.
     Long,
+    /// Minutes in a machine, where it is run with full reach only.
+    Minutes,
 }
 
 impl Length {
     fn patience(self) -> u64 {
         match self {
             Length::Short => 1,
-            Length::Long => 4,
+            Length::Long | Length::Minutes => 4,
         }
     }
 }
@@ -125,6 +127,12 @@ impl FromStr for Part {
 }
 
 impl Case {
+    pub(super) fn is_for(&self, guest: GuestName, reach: Reach) -> bool {
+        let is_too_long =
+            self.length == Length::Minutes && guest.kind == Kind::Qemu && reach == Reach::Usual;
+        self.needs.met_by(guest, reach) && !is_too_long
+    }
+
     /// The case of a name, which may have the version of an agent.
     pub(super) fn find<'a>(cases: &'a [Case], name: &str) -> Result<&'a Case> {
         let function = name

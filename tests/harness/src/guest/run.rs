@@ -155,7 +155,7 @@ impl Selection {
         let for_guest = |guest: GuestName| -> Vec<String> {
             cases
                 .iter()
-                .filter(|case| case.needs.met_by(guest, self.reach()))
+                .filter(|case| case.is_for(guest, self.reach()))
                 .flat_map(runs)
                 .filter(wanted)
                 .collect()
@@ -515,6 +515,14 @@ mod tests {
             run: |_| Ok(()),
             after_reboot: None,
         },
+        Case {
+            name: "d::long",
+            needs: Needs::Everywhere,
+            subject: Subject::Ours,
+            length: Length::Minutes,
+            run: |_| Ok(()),
+            after_reboot: None,
+        },
     ];
 
     fn agent(version: &str) -> RealAgent {
@@ -536,15 +544,15 @@ mod tests {
     #[test]
     fn each_case_goes_where_it_has_something_to_see() {
         let expected = [
-            "trixie-nspawn: a::fast",
-            "bookworm-nspawn: a::fast",
+            "trixie-nspawn: a::fast d::long",
+            "bookworm-nspawn: a::fast d::long",
             "trixie-qemu: a::limited c::kernel",
             "bookworm-qemu: c::kernel",
         ];
         assert_eq!(plan(&[], &[]), expected);
         assert_eq!(
             plan(&["--guest", "bookworm-qemu"], &[]),
-            ["bookworm-qemu: a::limited c::kernel"]
+            ["bookworm-qemu: a::limited c::kernel d::long"]
         );
         let matrix = plan(&["--matrix"], &[]);
         let machines: Vec<_> = matrix.iter().filter(|line| line.contains("qemu")).collect();
@@ -552,7 +560,7 @@ mod tests {
         assert!(
             machines
                 .iter()
-                .all(|line| line.ends_with(": a::limited c::kernel"))
+                .all(|line| line.ends_with(": a::limited c::kernel d::long"))
         );
     }
 
