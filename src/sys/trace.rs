@@ -160,7 +160,11 @@ pub fn wait(pid: i32) -> io::Result<Option<(i32, Stop)>> {
         let flags = libc::__WALL | libc::__WNOTHREAD;
         // SAFETY: the status is a local integer.
         match unsafe { libc::waitpid(pid, &raw mut status, flags) } {
-            found @ 1.. => return Ok(Some((found, stop(found, status)?))),
+            found @ 1.. => match stop(found, status) {
+                // Killed meanwhile, by the end of its process: that is still to come.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                stop => return Ok(Some((found, stop?))),
+            },
             _ => match io::Error::last_os_error() {
                 error if error.raw_os_error() == Some(libc::ECHILD) => return Ok(None),
                 error if error.kind() == io::ErrorKind::Interrupted => {}

@@ -25,7 +25,8 @@ pub const CASES: &[Case] = &[
     case!(
         Limits,
         Agent,
-        a_real_agents_reserved_core_is_its_tasks_alone
+        a_real_agents_reserved_core_is_its_tasks_alone,
+        Minutes
     ),
     case!(Limits, Agent, a_real_agent_runs_the_examples, Minutes),
     case!(

@@ -278,7 +278,7 @@ fn works_with_the_list_and_with_no_less(
     let learn = [options, &["--learn", "--prune"]].concat();
     let output = run(context, &learn, command)?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(said.contains("# without any letter of it"), "{output:?}");
+    ensure!(said.contains("// without any letter of it"), "{output:?}");
     let entries = list(&output)?;
     ensure!(!entries.is_empty(), "{said}");
     context.note(format!("{:?}: {entries:?}", begun.elapsed()));

@@ -315,6 +315,8 @@ fn config(cap_add: &[String]) -> PluginConfig {
     let known = |name: &&String| capabilities::check(std::slice::from_ref(*name)).is_ok();
     PluginConfig {
         unveil_by_task: true,
+        // There is no plugin's log for what they tell.
+        report_denials: false,
         allow_caps: cap_add.iter().filter(known).cloned().collect(),
         ..PluginConfig::default()
     }

@@ -118,19 +118,28 @@ pub async fn learn(
     remark(&traced, &order, &listed);
     let mut entries = listed.entries;
     let mut comment =
-        "# what the command used; it may be able to do without some of it (see --prune)";
+        "// what the command used; it may be able to do without some of it (see --prune)";
     if options.prune && attended.by == By::Person {
         say(
             "the command was stopped before it ended: there is no end to compare, and nothing is pruned",
+        );
+    } else if options.prune && options.probe.is_some() && attended.by == By::Itself {
+        say(
+            "--probe: the command ended before it succeeded, and nothing is pruned; see why it ended",
         );
     } else if options.prune {
         if let Some(job) = &mut subject.job {
             job.is_told = true;
         }
         let pruning = prune::Pruning::new(&subject, &attended, took, options.probe.as_deref());
-        if let Some(pruned) = pruning.prune(entries.clone(), stops).await? {
+        // What was learned is not lost with an attempt that cannot be made.
+        let pruned = pruning.prune(entries.clone(), stops).await;
+        if let Some(pruned) = pruned.unwrap_or_else(|error| {
+            say(&format!("--prune: {error}; the list is as it was learned"));
+            None
+        }) {
             entries = pruned;
-            comment = "# without any letter of it the command ends otherwise";
+            comment = "// without any letter of it the command ends otherwise";
         }
     }
     target.write(&hcl(comment, &entries))?;
