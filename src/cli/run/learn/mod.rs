@@ -135,7 +135,7 @@ pub async fn learn(
         // What was learned is not lost with an attempt that cannot be made.
         let pruned = pruning.prune(entries.clone(), stops).await;
         if let Some(pruned) = pruned.unwrap_or_else(|error| {
-            say(&format!("--prune: {error}; the list is as it was learned"));
+            say(format!("--prune: {error}; the list is as it was learned"));
             None
         }) {
             entries = pruned;
