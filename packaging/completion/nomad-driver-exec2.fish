@@ -55,7 +55,7 @@ complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand ru
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l meta -d 'Metadata for a parameterized job, as `nomad job dispatch -meta` gives it [repeatable]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l payload -d 'Payload for a parameterized job' -r -F
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l ignore -d 'Do without a block that needs a cluster, as in `artifact` [repeatable]' -r
-complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l learn -d 'Run with everything unveiled, and print the shortest `unveil` list under which the command could do what it did; to standard error, or into FILE' -r -F
+complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l learn -d 'Run with everything unveiled, and print an `unveil` list under which the command could do what it did; to standard error, or into FILE' -r -F
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l probe -d 'Say by a shell command when a server works: it is tried until it succeeds, and then the task is stopped' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l prune -d 'Run the command again without each entry and each letter, and leave out those without which it ends with the same status, and prints the same if it does so twice'
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -s h -l help -d 'Print help'

@@ -61,7 +61,7 @@ _arguments "${_arguments_options[@]}" : \
 '*--meta=[Metadata for a parameterized job, as \`nomad job dispatch -meta\` gives it \[repeatable\]]:NAME=VALUE:_default' \
 '--payload=[Payload for a parameterized job]:FILE:_files' \
 '*--ignore=[Do without a block that needs a cluster, as in \`artifact\` \[repeatable\]]:BLOCK:_default' \
-'--learn=[Run with everything unveiled, and print the shortest \`unveil\` list under which the command could do what it did; to standard error, or into FILE]::FILE:_files' \
+'--learn=[Run with everything unveiled, and print an \`unveil\` list under which the command could do what it did; to standard error, or into FILE]::FILE:_files' \
 '--probe=[Say by a shell command when a server works\: it is tried until it succeeds, and then the task is stopped]:COMMAND:_default' \
 '--prune[Run the command again without each entry and each letter, and leave out those without which it ends with the same status, and prints the same if it does so twice]' \
 '-h[Print help]' \

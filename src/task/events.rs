@@ -21,7 +21,7 @@ impl TaskTable {
             "task started"
         );
         let message = format!("Started in {}", task.unit);
-        self.send(&task.id, &task.names, &task.unit, Severity::Info, message);
+        self.event(task, Severity::Info, message);
     }
 
     pub(super) fn tell_end(&self, task: &Task, ended: &Ended) {
@@ -63,14 +63,7 @@ impl TaskTable {
     }
 
     pub(super) fn event_of_denial(&self, task: &Task, denied: &Denied<'_>, remedy: &Remedy) {
-        let message = denied.sentence(remedy);
-        self.send(
-            &task.id,
-            &task.names,
-            &task.unit,
-            Severity::Warning,
-            message,
-        );
+        self.event(task, Severity::Warning, denied.sentence(remedy));
     }
 
     pub(super) fn event_of_more_denials(&self, task: &Task) {
@@ -78,13 +71,7 @@ impl TaskTable {
             "Landlock denied more; journalctl -u {} tells what",
             task.unit
         );
-        self.send(
-            &task.id,
-            &task.names,
-            &task.unit,
-            Severity::Warning,
-            message,
-        );
+        self.event(task, Severity::Warning, message);
     }
 
     pub(super) fn tell_left_out(&self, task: &Task, count: u64) {
@@ -94,6 +81,10 @@ impl TaskTable {
             task.unit,
             "Landlock denied {count} times more, which is left out here"
         );
+    }
+
+    fn event(&self, task: &Task, severity: Severity, message: String) {
+        self.send(&task.id, &task.names, &task.unit, severity, message);
     }
 
     fn send(

@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::{Context as _, Result, bail, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::proto::driver::ExecTaskRequest;
-use harness::nomad::{Agent, Task};
+use harness::nomad::{Agent, Allocation, Task};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_exec2::plan::session::SessionStep;
@@ -47,12 +47,18 @@ async fn script(agent: &Agent, id: &str, script: &str) -> Result<i32, Status> {
     Ok(answer.result.expect("Nomad dereferences it").exit_code)
 }
 
+/// A task, and an agent whose plugin and helpers wait before each step.
+async fn running(context: &Context) -> Result<(Breakpoints, Agent, Allocation)> {
+    let mut breakpoints = Breakpoints::new()?;
+    let agent = Agent::start(context.driver(), breakpoints.config.clone()).await?;
+    let job = Job::command("sleep", &["600"]).text();
+    let (alloc, _) = breakpoints.all(agent.run(&job)).await?;
+    Ok((breakpoints, agent, alloc))
+}
+
 fn a_session_takes_its_steps_in_their_order(context: &Context) -> Result<()> {
     context.block_on(async {
-        let mut breakpoints = Breakpoints::new()?;
-        let agent = Agent::start(context.driver(), breakpoints.config.clone()).await?;
-        let job = Job::command("sleep", &["600"]).text();
-        let (alloc, _) = breakpoints.all(agent.run(&job)).await?;
+        let (mut breakpoints, agent, alloc) = running(context).await?;
         let id = alloc.only_task()?.id();
         let session = async { Ok(script(&agent, &id, "exit 3").await?) };
         let (code, mut steps) = breakpoints.all(session).await?;
@@ -73,10 +79,7 @@ fn a_session_takes_its_steps_in_their_order(context: &Context) -> Result<()> {
 /// The plugin lives, and can open the next one.
 fn a_helper_that_dies_in_a_session_leaves_the_task_alone(context: &Context) -> Result<()> {
     context.block_on(async {
-        let mut breakpoints = Breakpoints::new()?;
-        let agent = Agent::start(context.driver(), breakpoints.config.clone()).await?;
-        let job = Job::command("sleep", &["600"]).text();
-        let (alloc, _) = breakpoints.all(agent.run(&job)).await?;
+        let (mut breakpoints, agent, alloc) = running(context).await?;
         let task = alloc.only_task()?;
         let before = Survey::of(task)?;
         let (id, plugin) = (task.id(), agent.plugin_pid().await.context("a plugin")?);
@@ -112,10 +115,7 @@ fn a_helper_that_dies_in_a_session_leaves_the_task_alone(context: &Context) -> R
 /// The next one recovers the task, and clears up.
 fn a_plugin_that_dies_in_a_session_leaves_the_task_alone(context: &Context) -> Result<()> {
     context.block_on(async {
-        let mut breakpoints = Breakpoints::new()?;
-        let agent = Agent::start(context.driver(), breakpoints.config.clone()).await?;
-        let job = Job::command("sleep", &["600"]).text();
-        let (alloc, _) = breakpoints.all(agent.run(&job)).await?;
+        let (mut breakpoints, agent, alloc) = running(context).await?;
         let task = alloc.only_task()?;
         let before = Survey::of(task)?;
         let id = task.id();

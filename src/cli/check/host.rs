@@ -129,7 +129,10 @@ fn landlock(host: &Host, facts: &Facts) -> Line {
 /// No fault of a host: tasks run all the same.
 fn denials(host: &Host) -> Line {
     let found = match host.denials_lack() {
-        None => "kernel audit is on, and what Landlock denies is told".to_owned(),
+        None => {
+            "kernel audit is on, and what Landlock denies is told, unless report_denials is false"
+                .to_owned()
+        }
         Some(lack) => format!("not told: {lack}"),
     };
     Line::ok("denials", found)

@@ -206,6 +206,8 @@ impl TaskTable {
                 timeout(TICK, heard).await.ok()
             };
             let now = Instant::now();
+            // What is heard now may open a new minute, in which the last one's count would wait.
+            self.tell_short(&mut kept.short, now);
             let has_heard = match batch {
                 Some(Ok(batch)) => {
                     if batch.has_lost {
@@ -303,7 +305,11 @@ impl TaskTable {
                 kept.strange.push_back((since, event));
             }
         }
-        kept.short.retain(|task| {
+    }
+
+    /// Says of how many denials there is no line, where that can be said.
+    fn tell_short(&self, short: &mut Vec<Arc<Task>>, now: Instant) {
+        short.retain(|task| {
             let end = match task.ended() {
                 Some(_) => End::Reached,
                 None => End::Ahead,
@@ -348,15 +354,19 @@ impl TaskTable {
 
     fn task_of(&self, denials: &Denials, pid: u32) -> Option<Arc<Task>> {
         let tasks = self.all();
+        // Where it is counts first: a number that was one task's may be another's by now.
+        let cgroup = Cgroup::of_process(pid).ok();
+        let is_its = |task: &&Arc<Task>| {
+            let cgroup = cgroup.as_ref();
+            cgroup.is_some_and(|cgroup| cgroup.path().starts_with(task.cgroup.path()))
+        };
+        if let Some(task) = tasks.iter().find(is_its) {
+            return Some(task.clone());
+        }
         if let Some(task) = tasks.iter().find(|task| task.main.pid == pid) {
             return Some(task.clone());
         }
-        if let Some(id) = denials.session(pid) {
-            return self.find(&id);
-        }
-        let cgroup = Cgroup::of_process(pid).ok()?;
-        let is_its = |task: &&Arc<Task>| cgroup.path().starts_with(task.cgroup.path());
-        tasks.iter().find(is_its).cloned()
+        self.find(&denials.session(pid)?)
     }
 
     fn tell_of(

@@ -135,6 +135,20 @@ mod tests {
     }
 
     #[test]
+    fn under_a_steady_stream_each_minute_is_counted() {
+        let (mut told, begin) = (Told::default(), Instant::now());
+        let mut counts = Vec::new();
+        for second in 0..600_u64 {
+            let now = begin + Duration::from_secs(second);
+            counts.extend(told.left_out(now, End::Ahead));
+            for one in 0..10 {
+                told.decide(second * 10 + one, now);
+            }
+        }
+        assert_eq!(counts, [580; 9]);
+    }
+
+    #[test]
     fn of_many_denials_some_are_lines_fewer_are_events_and_the_rest_is_counted() {
         let (mut told, now) = (Told::default(), Instant::now());
         let verdicts: Vec<_> = (0..10_000).map(|one| told.decide(one, now)).collect();

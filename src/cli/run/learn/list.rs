@@ -1,4 +1,4 @@
-//! From what a command did to the shortest list that allows it. Pure: every path in it is the kernel's own, without links.
+//! From what a command did to a list that allows it, and in which each entry allows something that no other does. Pure: every path in it is the kernel's own, without links.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -34,7 +34,7 @@ const MOST_MISSED: usize = 5;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "To learn what to unveil")]
 pub struct Learn {
-    /// Run with everything unveiled, and print the shortest `unveil` list under which the command could do what it did; to
+    /// Run with everything unveiled, and print an `unveil` list under which the command could do what it did; to
     /// standard error, or into FILE
     #[arg(
         long,
