@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::text::{UnitText, one_line};
+
 /// Version of the handle, as Nomad stores it beside the bytes.
 pub const VERSION: i32 = 1;
 
@@ -42,7 +44,7 @@ pub enum StateError {
     )]
     Version { found: i32 },
     #[error("the task's handle cannot be read: {0}")]
-    Garbled(#[source] serde_json::Error),
+    Garbled(String),
 }
 
 impl DriverState {
@@ -55,7 +57,9 @@ impl DriverState {
         if version != VERSION {
             return Err(StateError::Version { found: version });
         }
-        serde_json::from_slice(bytes).map_err(StateError::Garbled)
+        // The parser quotes what it found, however long that is.
+        serde_json::from_slice(bytes)
+            .map_err(|error| StateError::Garbled(one_line(&error.to_string(), UnitText::MAX_BYTES)))
     }
 }
 
@@ -170,6 +174,18 @@ mod tests {
                 .unwrap_err()
                 .to_string();
             assert!(error.starts_with("the task's handle"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_state_is_refused_in_a_short_sentence() {
+        let long = format!("{{\"unit\":1,\"{}\":2}}", "x".repeat(9000));
+        let text = format!("\"{}\"", "ex".repeat(9000));
+        for garbled in [long, text, "[".repeat(9000), String::new()] {
+            let error = DriverState::decode(VERSION, garbled.as_bytes()).unwrap_err();
+            let sentence = error.to_string();
+            assert!(sentence.starts_with("the task's handle cannot be read: "));
+            assert!(sentence.len() < 300, "{sentence}");
         }
     }
 

@@ -7,6 +7,9 @@ use super::GuestName;
 use super::inside::Ended;
 
 const SLOWEST: usize = 10;
+/// Of a panic, in the list at the end.
+const PANIC_LINES: usize = 4;
+const PANIC_CHARS: usize = 300;
 
 #[derive(Debug, Default)]
 pub struct Tally {
@@ -61,11 +64,19 @@ impl Tally {
             );
             println!("{}", case.output);
         }
+        // Once more in short: of a long run, often only the end is kept.
+        let short: Vec<_> = failed
+            .iter()
+            .map(|(guest, case)| format!("{guest:<16} {}: {}", case.case, reason(case)))
+            .collect();
         let (failed, passed) = (failed.len(), passed.len());
         ended.sort_by(|(_, a), (_, b)| b.seconds.total_cmp(&a.seconds));
         println!("\nslowest:");
         for (guest, case) in ended.iter().take(SLOWEST) {
             println!("{:>8.2} s  {guest:<16} {}", case.seconds, case.case);
+        }
+        if !short.is_empty() {
+            println!("\nfailed:\n{}", short.join("\n"));
         }
         if ended.is_empty() {
             println!("\nno case ran: that is a failure too");
@@ -81,6 +92,19 @@ impl Tally {
     fn lock(&self) -> MutexGuard<'_, Vec<(GuestName, Ended)>> {
         self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What is wrong, and the beginning of the panic that said so.
+fn reason(ended: &Ended) -> String {
+    let failure = ended.failure.clone().unwrap_or_default();
+    let panic = ended
+        .output
+        .lines()
+        .skip_while(|line| !line.contains(" panicked at "))
+        .take(PANIC_LINES)
+        .map(|line| line.chars().take(PANIC_CHARS).collect());
+    let lines: Vec<String> = std::iter::once(failure).chain(panic).collect();
+    lines.join("\n    ")
 }
 
 #[cfg(test)]
@@ -115,5 +139,18 @@ mod tests {
         assert!(!failed(tally.conclude()));
         tally.did_not_run(guest, &["b::case"], "no guest");
         assert!(failed(tally.conclude()));
+    }
+
+    #[test]
+    fn the_list_of_failures_says_where_and_why() {
+        let ended = Ended {
+            failure: Some("exit status: 101".to_owned()),
+            output: "much\nthread 'main' panicked at a.rs:1:2:\nit is 2, not 1\nmore".to_owned(),
+            ..passed_case()
+        };
+        assert_eq!(
+            reason(&ended),
+            "exit status: 101\n    thread 'main' panicked at a.rs:1:2:\n    it is 2, not 1\n    more"
+        );
     }
 }
