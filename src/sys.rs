@@ -2,6 +2,7 @@
 //! and nothing of ours is known here.
 #![allow(unsafe_code)]
 
+pub mod clone;
 pub mod trace;
 
 use std::ffi::{CStr, c_char, c_int, c_long, c_uint, c_void};
@@ -9,124 +10,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-
-use rustix::io::fcntl_dupfd_cloexec;
-
-/// Highest descriptor number that `spawn` fills; duplicates made before the clone stay above it.
-const LOWEST_DUPLICATE: RawFd = 32;
-
-/// A program to be executed as a child of this process.
-#[derive(Debug)]
-pub struct Program<'a> {
-    /// New namespaces for it, as `libc::CLONE_NEW*`.
-    pub namespaces: c_int,
-    /// An O_PATH descriptor of the executable.
-    pub file: BorrowedFd<'a>,
-    pub argv: &'a [&'a CStr],
-    /// What the program finds as descriptors 0, 1, 2 …; it gets no others.
-    pub descriptors: &'a [BorrowedFd<'a>],
-    /// Which of these is told when the exec fails: one message of `failure_tag` and the errno, little-endian.
-    pub failure_to: RawFd,
-    pub failure_tag: u8,
-}
-
-/// Clones this process and executes `program` in the clone, with an empty environment. The caller has blocked all signals, so
-/// that none of its handlers runs there. Returns the pid and a pidfd.
-pub fn spawn(program: &Program<'_>) -> io::Result<(i32, OwnedFd)> {
-    let file = fcntl_dupfd_cloexec(program.file, LOWEST_DUPLICATE)?;
-    let descriptors = program
-        .descriptors
-        .iter()
-        .map(|descriptor| fcntl_dupfd_cloexec(descriptor, LOWEST_DUPLICATE))
-        .collect::<Result<Vec<_>, _>>()?;
-    let sources: Vec<RawFd> = descriptors.iter().map(OwnedFd::as_raw_fd).collect();
-    let mut argv: Vec<*const c_char> = program.argv.iter().map(|word| word.as_ptr()).collect();
-    argv.push(ptr::null());
-
-    let mut pidfd: c_int = -1;
-    let args = libc::clone_args {
-        flags: (program.namespaces | libc::CLONE_PIDFD) as u64,
-        pidfd: &raw mut pidfd as u64,
-        exit_signal: libc::SIGCHLD as u64,
-        // SAFETY: clone_args is plain integers; zero means "not used" for each of them.
-        ..unsafe { std::mem::zeroed() }
-    };
-    // SAFETY: without CLONE_VM this is a fork: the child has a copy of this stack and of everything it points to. It does
-    // system calls only, as other threads may have held any lock at the moment of the clone.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw const args,
-            size_of::<libc::clone_args>(),
-        )
-    };
-    match pid {
-        0 => exec_in_clone(program, file.as_raw_fd(), &sources, &argv),
-        1.. => {
-            // SAFETY: CLONE_PIDFD stored a new descriptor that nothing else owns.
-            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-            Ok((pid as i32, pidfd))
-        }
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn exec_in_clone(
-    program: &Program<'_>,
-    file: RawFd,
-    sources: &[RawFd],
-    argv: &[*const c_char],
-) -> ! {
-    let environment: [*const c_char; 1] = [ptr::null()];
-    let count = sources.len() as c_uint;
-    // SAFETY: system calls on numbers and on NUL-terminated arrays that outlive them. Every source is above every target,
-    // so no dup3 overwrites a source that is still needed.
-    unsafe {
-        for (target, source) in sources.iter().enumerate() {
-            if libc::syscall(libc::SYS_dup3, *source, target as c_long, 0) < 0 {
-                fail_in_clone(program);
-            }
-        }
-        if libc::syscall(
-            libc::SYS_close_range,
-            count,
-            c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        ) < 0
-        {
-            fail_in_clone(program);
-        }
-        libc::syscall(
-            libc::SYS_execveat,
-            file,
-            c"".as_ptr(),
-            argv.as_ptr(),
-            environment.as_ptr(),
-            libc::AT_EMPTY_PATH,
-        );
-    }
-    fail_in_clone(program)
-}
-
-fn fail_in_clone(program: &Program<'_>) -> ! {
-    // SAFETY: errno is this thread's own; the message is a local array, alive during the call.
-    unsafe {
-        let mut message = [program.failure_tag; 5];
-        message[1..].copy_from_slice(&(*libc::__errno_location()).to_le_bytes());
-        libc::syscall(
-            libc::SYS_sendto,
-            program.failure_to,
-            message.as_ptr(),
-            message.len(),
-            libc::MSG_NOSIGNAL,
-            ptr::null::<c_void>(),
-            0,
-        );
-    }
-    exit_now(127)
-}
 
 /// Takes ownership of a descriptor that this process was started with, and makes it close-on-exec. For the very first lines
 /// of a program, once for each number.
@@ -137,23 +23,6 @@ pub fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the number is open, and by the contract above nothing of this process has claimed it yet.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
-}
-
-/// Which side of a fork this is.
-#[derive(Debug)]
-pub enum Fork {
-    Parent { child: i32 },
-    Child,
-}
-
-/// Forks. This process must have a single thread: the child goes on with ordinary code.
-pub fn fork() -> io::Result<Fork> {
-    // SAFETY: single-threaded by contract, so no lock is held by a thread that the child lacks.
-    match unsafe { libc::fork() } {
-        0 => Ok(Fork::Child),
-        child @ 1.. => Ok(Fork::Parent { child }),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Ends the process without running exit handlers, which belong to the image it was forked from.
@@ -248,17 +117,6 @@ pub fn reset_signals() {
             ptr::null_mut::<c_void>(),
             SIGSET_BYTES,
         );
-    }
-}
-
-/// Keeps a signal from being delivered to this thread. It waits to be taken; a blocked signal is kept even for PID 1 of a
-/// namespace, which the kernel spares all others of that it has no handler for.
-pub fn block_signal(signal: i32) -> io::Result<()> {
-    let set = signal_set(signal);
-    // SAFETY: the set is initialised and outlives the call; a null pointer asks for no old mask.
-    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) } {
-        0 => Ok(()),
-        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 

@@ -92,24 +92,27 @@ impl Rules {
         left.any(|rule| rule.source == Source::Plugin)
     }
 
-    /// Opens the others, as the task's process.
-    pub fn open_own(&mut self, order: &Order, root: &TaskRoot) -> Result<(), Failure> {
+    /// The same ruleset with the others in it, opened as the task's process.
+    pub fn completed(&self, order: &Order, root: &TaskRoot) -> Result<Rules, Failure> {
+        let mut rules = Rules {
+            ruleset: self.ruleset.try_clone().at(Step::OwnRules)?,
+            held: Vec::new(),
+            operators: self.operators.clone(),
+            left: Vec::new(),
+        };
         let proc = stat(PROC).at_path(Step::OwnRules, PROC)?.st_dev;
-        for rule in std::mem::take(&mut self.left)
-            .into_iter()
-            .filter_map(|index| order.rules.get(index))
-        {
+        for rule in self.left.iter().filter_map(|index| order.rules.get(*index)) {
             let Some(object) = open(rule, root, order.uid)? else {
                 continue;
             };
             let status = fstat(&object).at_path(Step::OwnRules, &rule.written)?;
-            self.grant(rule, &object, &status)?;
+            rules.grant(rule, &object, &status)?;
             // The kernel makes a new inode for an entry of /proc when it has forgotten the one that the rule is for.
             if status.st_dev == proc {
-                self.held.push(object);
+                rules.held.push(object);
             }
         }
-        Ok(())
+        Ok(rules)
     }
 
     fn grant(&mut self, rule: &Rule, object: &OwnedFd, status: &Stat) -> Result<(), Failure> {

@@ -1,25 +1,27 @@
 //! The command: found in the task's PATH where it is a bare name, executed, and explained where that fails.
 
 use std::ffi::{CStr, CString};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::unistd::execve;
 use rustix::fs::{FileType, stat};
 
 use super::report::Failure;
 use crate::plan::command;
 use crate::plan::steps::Step;
+use crate::sys::clone::{self, Words};
 
 /// Everything that exec needs, made before the scope pays for it.
 #[derive(Debug)]
 pub(super) struct Command {
     name: String,
     uid: u32,
-    argv: Vec<CString>,
-    environment: Vec<CString>,
+    argv: Words,
+    environment: Words,
     candidates: Vec<CString>,
     /// Set for a bare name: where it was looked for.
     search_path: Option<String>,
+    executing: AtomicBool,
 }
 
 impl Command {
@@ -39,34 +41,42 @@ impl Command {
         let words = std::iter::once(command).chain(args.iter().map(String::as_str));
         let argv = words
             .map(|word| text(word.to_owned()))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
         let variables = env.iter().map(|(key, value)| format!("{key}={value}"));
-        let environment = variables.map(text).collect::<Result<_, _>>()?;
+        let environment = variables.map(text).collect::<Result<Vec<_>, _>>()?;
         let search_path = command::search_path(command, env).map(str::to_owned);
         let candidates = command::candidates(command, env).into_iter().map(text);
         let candidates = candidates.collect::<Result<_, _>>()?;
         Ok(Command {
             name: command.into(),
             uid,
-            argv,
-            environment,
+            argv: argv.into(),
+            environment: environment.into(),
             candidates,
             search_path,
+            executing: AtomicBool::new(false),
         })
+    }
+
+    /// Whether a process that shares this memory is becoming the command, or has become it.
+    pub fn is_executing(&self) -> bool {
+        self.executing.load(Ordering::Relaxed)
     }
 
     /// Becomes the command. Returns only why it could not.
     pub fn execute(&self) -> Failure {
         let mut denied = None;
         for candidate in &self.candidates {
-            let Err(errno) = execve(candidate, &self.argv, &self.environment);
-            match errno {
+            self.executing.store(true, Ordering::Relaxed);
+            let error = clone::execute(candidate, &self.argv, &self.environment);
+            self.executing.store(false, Ordering::Relaxed);
+            match Errno::from_raw(error.raw_os_error().unwrap_or(0)) {
                 Errno::ENOENT | Errno::ENOTDIR
                     if self.search_path.is_some() && !exists(candidate) => {}
                 Errno::EACCES if self.search_path.is_some() => {
                     denied.get_or_insert(candidate);
                 }
-                _ => return self.failure(errno, candidate),
+                errno => return self.failure(errno, candidate),
             }
         }
         match (denied, &self.search_path) {

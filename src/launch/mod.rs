@@ -32,12 +32,12 @@ use serde::de::DeserializeOwned;
 use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
 use crate::record;
-use crate::sys::{self, Fork, SharedPage};
+use crate::sys::{self, SharedPage, clone};
 use confine::Rules;
 use place::TaskRoot;
 use report::{At, Failure, Word};
 pub use spawn::{Parked, SUBCOMMAND, spawn};
-use supervise::Watch;
+use supervise::{Child, Watch};
 use task::Prepared;
 
 /// What `spawn` puts where, after /dev/null as 0, 1 and 2.
@@ -137,21 +137,29 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
         )
         .at(Step::Fork)?;
         breakpoint::at(Step::Fork);
-        // After the fork the command could be there first, and limit its supervisor.
-        privileges::set_groups(supervise::GROUPS)?;
-        Ok((memory, supervisor, task, sys::fork().at(Step::Fork)?))
+        supervise::make_ready()?;
+        let (child, pidfd) = clone::clone_until_exec(0, &|| {
+            let Err(failure) = task::become_task(&prepared, &task);
+            give_up(&task, &failure)
+        })
+        .at(Step::Fork)?;
+        let child = Child {
+            pid: child,
+            pidfd,
+            has_executed: prepared.command.is_executing(),
+            channel: supervisor,
+        };
+        Ok((memory, child))
     });
     match forked {
         Err(failure) => {
             drop(prepared);
             give_up(&control, &failure)
         }
-        Ok((_, supervisor, task, Fork::Child)) => {
-            drop((control, supervisor));
-            let Err(failure) = task::become_task(prepared, &task);
-            give_up(&task, &failure)
-        }
-        Ok((memory, supervisor, task, Fork::Parent { child })) => {
+        Ok((memory, child)) => {
+            if !child.has_executed {
+                supervise::bury(&control, &child, prepared.stdio);
+            }
             let Prepared {
                 host_proc,
                 order,
@@ -162,10 +170,9 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
                 kept,
             } = prepared;
             // What is not dropped here stays open, and in memory, for as long as the task runs.
-            drop((task, order, root, rules, command));
+            drop((order, root, rules, command));
             let watch = Watch {
                 child,
-                channel: supervisor,
                 host_proc,
                 memory,
                 page,

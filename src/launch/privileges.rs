@@ -82,6 +82,9 @@ pub(super) fn set_user(uid: u32) -> Result<(), Failure> {
     let user = Uid::from_raw(uid);
     set_keep_capabilities(true).at(Step::User)?;
     set_thread_res_uid(user, user, user).at(Step::User)?;
+    // The kernel resets it to what fs.suid_dumpable says; up to here the permitted capabilities keep the user's other processes
+    // from what may be the supervisor's memory as well.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::User)?;
     set_keep_capabilities(false).at(Step::User)
 }
 

@@ -22,6 +22,8 @@ const PARKED: u8 = b'P';
 const STARTED: u8 = b'S';
 const FAILED: u8 = b'F';
 pub(super) const EXEC_FAILED: u8 = b'E';
+/// Sent where the heap cannot be relied upon, too: the signal follows.
+const KILLED: u8 = b'K';
 const HELD: u8 = b'H';
 const GO: u8 = b'G';
 const COMMIT: u8 = b'C';
@@ -160,6 +162,7 @@ pub fn receive(control: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd
         STARTED => Message::Started(Some(packet.number()?)),
         FAILED => Message::Failed(packet.failure()?),
         ENDED => Message::Ended(packet.number()?),
+        KILLED => Message::Failed(killed(packet.number()?)),
         EXEC_FAILED => Message::Failed(Failure::new(Step::Spawn, packet.number()?)),
         _ => return Err(unreadable()),
     };
@@ -238,6 +241,17 @@ pub(super) fn session_ready(
 pub(super) fn failed(to: impl AsFd, failure: &Failure) -> io::Result<()> {
     let body = rmp_serde::to_vec_named(failure).map_err(io::Error::other)?;
     send(to, FAILED, &body, &[])
+}
+
+/// Supervisor: a signal has ended the child before it executed the command. Allocates nothing.
+pub(super) fn child_killed(control: impl AsFd, signal: i32) -> io::Result<()> {
+    send(control, KILLED, &signal.to_le_bytes(), &[])
+}
+
+fn killed(signal: i32) -> Failure {
+    Failure::new(Step::Fork, 0).note(format!(
+        "the task's process was killed by signal {signal} before its command ran (is its memory limit too low?)"
+    ))
 }
 
 /// Child: descriptors that the supervisor keeps open for as long as the task runs.

@@ -14,7 +14,7 @@ use super::report::{At, EXEC_FAILED, Failure};
 use super::{BREAKPOINTS, CONTROL, OUTPUT};
 use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
-use crate::sys::{self, Program};
+use crate::sys::clone::{self, Program};
 
 /// First argument that makes the program the helper.
 pub const SUBCOMMAND: &str = "launch";
@@ -91,7 +91,7 @@ pub(super) fn control() -> Result<(OwnedFd, OwnedFd), Failure> {
 }
 
 pub(super) fn execute(program: &Program<'_>) -> Result<(i32, OwnedFd), Failure> {
-    with_signals_blocked(|| sys::spawn(program).map_err(not_spawned))
+    with_signals_blocked(|| clone::spawn(program).map_err(not_spawned))
 }
 
 fn not_spawned(error: std::io::Error) -> Failure {

@@ -5,15 +5,15 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::sys::signal::{SigSet, Signal};
 use rustix::process::{
-    DumpableBehavior, Pid, PidfdFlags, WaitOptions, WaitStatus, pidfd_open, set_dumpable_behavior,
-    wait,
+    DumpableBehavior, Pid, WaitOptions, WaitStatus, set_dumpable_behavior, wait,
 };
 use rustix::thread::CapabilitySet;
 
 use super::cgroup::Memory;
 use super::report::{self, At, Failure, News, Word};
-use super::stdio::Reader;
+use super::stdio::{Reader, Standard};
 use super::{give_up, privileges};
 use crate::plan::steps::Step;
 use crate::record::{self, Exit};
@@ -23,14 +23,22 @@ use crate::sys::{self, SharedPage};
 const OOM_SCORE_ADJ: i16 = -999;
 /// Real, effective and saved group, taken before the fork. prlimit(2) without CAP_SYS_RESOURCE wants the caller's group to be all three, and a root
 /// task, which may take any group, can be only one.
-pub(super) const GROUPS: [u32; 3] = [65534, 65533, 65532];
+const GROUPS: [u32; 3] = [65534, 65533, 65532];
+
+#[derive(Debug)]
+pub(super) struct Child {
+    pub pid: i32,
+    pub pidfd: OwnedFd,
+    /// Or has begun to, so that only the kernel could end it then. Otherwise it has ended.
+    pub has_executed: bool,
+    /// The child's end of this closes when the command is executed.
+    pub channel: OwnedFd,
+}
 
 /// What the supervisor needs of the helper that it was.
 #[derive(Debug)]
 pub(super) struct Watch {
-    pub child: i32,
-    /// The child's end of this closes when the command is executed.
-    pub channel: OwnedFd,
+    pub child: Child,
     pub host_proc: OwnedFd,
     pub memory: Memory,
     pub page: SharedPage,
@@ -40,20 +48,55 @@ pub(super) struct Watch {
     pub log_readers: Vec<Reader>,
 }
 
+/// What cannot wait until the command runs.
+pub(super) fn make_ready() -> Result<(), Failure> {
+    // The command could limit its supervisor otherwise.
+    privileges::set_groups(GROUPS)?;
+    // With its group the kernel resets this.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Fork)?;
+    // A SIGTERM of the outside is not lost, but waits to be found: systemd sends it to all of a scope.
+    outside_signal().thread_block().at(Step::Fork)
+}
+
+/// The child's part of it: its groups change later.
+pub(super) fn undo_ready() -> Result<(), Failure> {
+    outside_signal().thread_unblock().at(Step::Session)
+}
+
+fn outside_signal() -> SigSet {
+    SigSet::from(Signal::SIGTERM)
+}
+
+/// Gives the log pipes back and tells why a child has ended without executing the command, and ends.
+pub(super) fn bury(control: &OwnedFd, child: &Child, stdio: Standard) -> ! {
+    let main = main(child);
+    drop(stdio);
+    if let Some(signal) = reap_until(main).terminating_signal() {
+        // It may have died halfway through an allocation of what is this process' heap, too.
+        let _ = report::child_killed(control, signal);
+        sys::exit_now(127);
+    }
+    match follow(&child.channel) {
+        Err(failure) => give_up(control, &failure),
+        Ok(_) => sys::exit_now(127),
+    }
+}
+
+fn main(child: &Child) -> Pid {
+    // clone(2) gave it.
+    Pid::from_raw(child.pid).unwrap_or_else(|| sys::exit_now(1))
+}
+
 pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
-    let Some(main) = Pid::from_raw(watch.child) else {
-        sys::exit_now(1);
-    };
-    let started = withdraw(&watch.host_proc).and_then(|()| {
-        let pidfd = pidfd_open(main, PidfdFlags::empty()).at(Step::Fork)?;
-        Ok((pidfd, await_exec(&watch.channel, main)?))
-    });
-    drop((watch.channel, watch.host_proc));
+    let main = main(&watch.child);
+    let Child { pidfd, channel, .. } = watch.child;
+    let started = withdraw(&watch.host_proc).and_then(|()| await_exec(&channel, main));
+    drop((channel, watch.host_proc));
     // For sessions, as long as the task runs.
     let _order = watch.order;
     // Landlock rules below /proc die with their inodes, which these descriptors hold.
     let _held = match started {
-        Ok((pidfd, held)) => {
+        Ok(held) => {
             commit(control, pidfd.as_fd(), &mut watch.log_readers);
             held
         }
@@ -102,37 +145,25 @@ fn withdraw(host_proc: &OwnedFd) -> Result<(), Failure> {
     let _ = privileges::set_oom_score_adj(host_proc, OOM_SCORE_ADJ);
     // What it takes to give Nomad's log pipes back, until the start is done.
     privileges::keep_capabilities(CapabilitySet::CHOWN).at(Step::Fork)?;
-    // From here on a SIGTERM of the outside is not lost, but waits to be found: systemd sends it to all of a scope.
-    sys::block_signal(libc::SIGTERM).at(Step::Fork)?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Fork)
 }
 
-/// Follows the child until its command is executed. Returns the descriptors that it wants held.
+/// Returns the descriptors that the child wants held, once it has executed the command.
 fn await_exec(channel: &OwnedFd, main: Pid) -> Result<Vec<OwnedFd>, Failure> {
+    follow(channel).inspect_err(|_| {
+        reap_until(main);
+    })
+}
+
+/// Hears what the child says, until it executes the command or ends.
+fn follow(channel: &OwnedFd) -> Result<Vec<OwnedFd>, Failure> {
     let mut held = Vec::new();
     loop {
         match report::news(channel).at(Step::Exec)? {
             News::Hold(more) => held.extend(more),
-            News::Failed(failure) => {
-                reap_until(main);
-                return Err(failure);
-            }
-            // The child hands over its ruleset before it executes anything.
-            News::Closed if held.is_empty() => {
-                let status = reap_until(main);
-                return Err(Failure::new(Step::Fork, 0).note(death(status)));
-            }
+            News::Failed(failure) => return Err(failure),
             News::Closed => return Ok(held),
         }
-    }
-}
-
-fn death(status: WaitStatus) -> String {
-    match status.terminating_signal() {
-        Some(signal) => format!(
-            "the task's process was killed by signal {signal} before its command ran (is its memory limit too low?)"
-        ),
-        None => "the task's process ended before its command ran".into(),
     }
 }
 

@@ -12,6 +12,7 @@ use super::place::TaskRoot;
 use super::privileges;
 use super::report::{self, At, Failure};
 use super::stdio::Standard;
+use super::supervise;
 use crate::breakpoint;
 use crate::plan::steps::{Order, Place, Step};
 use crate::sys;
@@ -29,23 +30,25 @@ pub(super) struct Prepared {
     pub kept: OwnedFd,
 }
 
-/// Becomes the task. `channel` leads to the supervisor and closes at exec.
-pub(super) fn become_task(prepared: Prepared, channel: &OwnedFd) -> Result<Infallible, Failure> {
+/// Becomes the task. `channel` leads to the supervisor and closes at exec. The memory is the supervisor's until then, which stands
+/// still meanwhile and goes on with it: nothing in it is taken or dropped here, but what was made here.
+pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infallible, Failure> {
     let Prepared {
         order,
         root,
         host_proc,
         stdio,
-        mut rules,
+        rules,
         command,
-        kept: _kept,
+        kept: _,
     } = prepared;
     breakpoint::at(Step::Session);
+    supervise::undo_ready()?;
     setsid().at(Step::Session)?;
     stdio.install()?;
     breakpoint::at(Step::OomScore);
     // Before the user changes: after that, /proc/self belongs to root until exec.
-    privileges::set_oom_score_adj(&host_proc, order.oom_score_adj)
+    privileges::set_oom_score_adj(host_proc, order.oom_score_adj)
         .at_path(Step::OomScore, order.oom_score_adj.to_string())?;
     breakpoint::at(Step::Bounding);
     privileges::cut_bounding(order.bounding)?;
@@ -58,9 +61,9 @@ pub(super) fn become_task(prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     breakpoint::at(Step::Ambient);
     privileges::keep_only(order.uid, order.bounding, order.ambient)?;
     breakpoint::at(Step::WorkDir);
-    enter_work_dir(&order.work_dir, &root)?;
+    enter_work_dir(&order.work_dir, root)?;
     breakpoint::at(Step::OwnRules);
-    rules.open_own(&order, &root)?;
+    let rules = rules.completed(order, root)?;
     rules.hold(|descriptors| report::hold(channel, descriptors))?;
     breakpoint::at(Step::Restrict);
     rules.restrict(order.denials)?;

@@ -456,11 +456,13 @@ fn a_terminal_is_one_of_the_tasks_own(context: &Context) -> Result<()> {
             talk.says("ready").await?;
             let scope = Scope::of(task)?;
             until("it sleeps", || {
-                let running = rooms(&scope)
-                    .iter()
-                    .map(|room| members(room).len())
-                    .sum::<usize>();
-                (running == 2).then_some(())
+                // A shell's child has the shell's trap until it executes, and would swallow the signal.
+                let mut running = rooms(&scope).into_iter().flat_map(|room| members(&room));
+                let is_asleep = |pid| {
+                    fs::read_to_string(format!("/proc/{pid}/comm"))
+                        .is_ok_and(|comm| comm == "sleep\n")
+                };
+                running.any(is_asleep).then_some(())
             })
             .await?;
             talk.send(b"\x03").await?;

@@ -20,6 +20,9 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_traced_command_ends_and_prints_as_any),
     case!(Speed, Ours, children_threads_and_vforks_are_seen),
     case!(Speed, Ours, pruning_leaves_what_is_needed),
+    case!(Speed, Ours, a_list_is_not_pruned_by_what_differs_anyway),
+    case!(Speed, Ours, a_job_files_task_is_learned_from),
+    case!(Speed, Ours, what_no_call_shows_is_remarked),
     case!(Speed, Ours, a_mistake_is_one_sentence),
     case!(Speed, Ours, ctrl_c_brings_the_list),
     case!(Speed, Ours, a_killed_run_takes_the_traced_command_along),
@@ -186,6 +189,80 @@ fn pruning_leaves_what_is_needed(context: &Context) -> Result<()> {
         )),
         "{said}"
     );
+    Ok(())
+}
+
+fn a_list_is_not_pruned_by_what_differs_anyway(context: &Context) -> Result<()> {
+    let dir = open_dir()?;
+    let at = dir.path().display();
+    fs::write(dir.path().join("optional"), "")?;
+    let said = |script: &str| -> Result<(Vec<String>, String)> {
+        let output = run(context, &["--learn", "--prune"], &["sh", "-c", script])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((list(&output)?, said))
+    };
+    let (found, told) = said(&format!("cat {at}/optional; date +%N"))?;
+    ensure!(
+        told.contains("the command prints something else each time"),
+        "{told}"
+    );
+    ensure!(!found.contains(&format!("r:{at}/optional")), "{told}");
+    // With everything unveiled, no mount is read-only.
+    let (found, told) = said(&format!(
+        "cat {at}/optional; grep -c ' ro,' /proc/self/mountinfo"
+    ))?;
+    ensure!(
+        told.contains("prints something else than with everything unveiled"),
+        "{told}"
+    );
+    ensure!(found.contains(&format!("r:{at}/optional")), "{told}");
+    Ok(())
+}
+
+fn a_job_files_task_is_learned_from(context: &Context) -> Result<()> {
+    let dir = open_dir()?;
+    let input = dir.path().join("in");
+    fs::write(&input, "x")?;
+    let job = dir.path().join("cat.nomad.hcl");
+    let text = format!(
+        r#"job "cat" {{ group "g" {{ task "t" {{
+          driver = "exec2"
+          env {{ FILE = "{}" }}
+          config {{
+            command = "sh"
+            args    = ["-c", "cat $FILE $NOMAD_TASK_DIR/own; echo >$NOMAD_ALLOC_DIR/out"]
+          }}
+          template {{
+            data        = "y"
+            destination = "local/own"
+          }}
+        }} }} }}"#,
+        input.display()
+    );
+    fs::write(&job, text)?;
+    for options in [&["--learn"][..], &["--learn", "--prune"]] {
+        let output = Command::new(context.driver())
+            .arg("run")
+            .args(options)
+            .arg(&job)
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(output.status.success(), "{output:?}");
+        ensure!(output.stdout == b"xy", "{output:?}");
+        ensure!(
+            list(&output)? == [format!("r:{}", input.display())],
+            "{output:?}"
+        );
+    }
+    Ok(())
+}
+
+fn what_no_call_shows_is_remarked(context: &Context) -> Result<()> {
+    // io_uring_setup(8, zeroes): refused or not, the command knows how.
+    let script = "my $p = pack('x120'); my $fd = syscall(425, 8, $p); exit 0";
+    let output = run(context, &["--learn"], &["perl", "-e", script])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(said.contains("the command uses io_uring"), "{said}");
     Ok(())
 }
 

@@ -21,7 +21,8 @@ use super::{give_up, parse, seccomp};
 use crate::breakpoint;
 use crate::plan::session::{SessionOrder, SessionStep};
 use crate::plan::steps::{Identity, Step};
-use crate::sys::{self, Fork};
+use crate::sys;
+use crate::sys::clone::{self, Fork};
 pub use spawn::{Entrance, Helper, SUBCOMMAND, spawn};
 use step_in::Prepared;
 use watch::Watch;
@@ -124,7 +125,7 @@ fn fork((prepared, kill): (Prepared, File)) -> Result<(Prepared, File, OwnedFd, 
     )
     .at(Step::Fork)?;
     breakpoint::at(SessionStep::ForkSession);
-    match sys::fork() {
+    match clone::fork() {
         Ok(Fork::Child) => Ok((prepared, kill, theirs, Fork::Child)),
         Ok(parent) => Ok((prepared, kill, ours, parent)),
         // The kernel's word for a namespace whose PID 1 is ending.

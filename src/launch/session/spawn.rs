@@ -15,7 +15,7 @@ use super::{BREAKPOINTS, CONTROL, STDIO};
 use crate::breakpoint;
 use crate::plan::session::SessionOrder;
 use crate::plan::steps::Step;
-use crate::sys::Program;
+use crate::sys::clone::Program;
 
 /// First argument that makes the program the session's helper.
 pub const SUBCOMMAND: &str = "session";

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns};
 use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, fstatfs};
-use rustix::process::{DumpableBehavior, ioctl_tiocsctty, set_dumpable_behavior, setsid};
+use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -85,8 +85,6 @@ pub(super) fn step_in(mut prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     privileges::set_user(task.uid)?;
     privileges::leave_session_keyring()?;
     privileges::keep_only(task.uid, task.bounding, task.ambient)?;
-    // The kernel resets it with the user, to what fs.suid_dumpable says.
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::User)?;
     breakpoint::at(SessionStep::TakeWorkDir);
     task::enter_work_dir(&task.work_dir, &root)?;
     breakpoint::at(SessionStep::TakeRules);

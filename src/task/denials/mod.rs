@@ -279,7 +279,10 @@ impl TaskTable {
             return;
         }
         if kept.strange.len() >= MOST_STRANGE {
-            kept.strange.pop_front();
+            // Who made a domain is told once, and its later denials hang on it.
+            let names_none = |(_, event): &(Instant, Event)| event.creators.is_empty();
+            let oldest = kept.strange.iter().position(names_none);
+            kept.strange.remove(oldest.unwrap_or(0));
         }
         let rest = Event {
             denials: later,

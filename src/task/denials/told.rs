@@ -3,11 +3,8 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-/// Nomad keeps ten events of a task, its start and end among them.
-const EVENTS: Rate = Rate {
-    most: 4,
-    within: Duration::from_secs(3_600),
-};
+/// Nomad keeps the last ten events of a task, and its start and its restarts are to stay among them.
+const MOST_EVENTS: u32 = 4;
 /// Lines in the journal of the task's unit.
 const LINES: Rate = Rate {
     most: 20,
@@ -28,7 +25,7 @@ struct Rate {
 #[derive(Debug, Default)]
 pub(in super::super) struct Told {
     known: HashSet<u64>,
-    events: Window,
+    events: u32,
     lines: Window,
     /// Denials without a line that no line has told of yet.
     left_out: u64,
@@ -65,9 +62,11 @@ impl Told {
         if self.known.len() < MOST_KNOWN {
             self.known.insert(denial);
         }
-        match self.events.next(EVENTS, now) {
-            event if event <= EVENTS.most => Verdict::LineAndEvent,
-            event if event == EVENTS.most + 1 => Verdict::LineAndHint,
+        let told = self.events;
+        self.events = told.saturating_add(1);
+        match told {
+            ..MOST_EVENTS => Verdict::LineAndEvent,
+            MOST_EVENTS => Verdict::LineAndHint,
             _ => Verdict::Line,
         }
     }
@@ -160,12 +159,11 @@ mod tests {
         assert_eq!(told.left_out(now, End::Ahead), None);
         assert_eq!(told.left_out(now + MINUTE, End::Ahead), Some(9_980));
         assert_eq!(told.left_out(now + MINUTE, End::Ahead), None);
-        // A minute later there are lines again, and in an hour events.
-        assert_eq!(told.decide(20_000, now + MINUTE), Verdict::Line);
-        assert_eq!(
-            told.decide(20_001, now + MINUTE * 60),
-            Verdict::LineAndEvent
-        );
+        // A minute later there are lines again, and never an event.
+        for minutes in 1..1_000_u32 {
+            let verdict = told.decide(20_000 + u64::from(minutes), now + MINUTE * minutes);
+            assert_eq!(verdict, Verdict::Line);
+        }
     }
 
     #[test]

@@ -207,6 +207,11 @@ fn without_links(path: &Path) -> PathBuf {
 /// Says what the list does not.
 fn remark(traced: &Traced, order: &Order, list: &List) {
     list.remarks.iter().for_each(say);
+    if let Some(error) = &traced.broken_off {
+        say(format_args!(
+            "the tracer failed and the command was killed with it ({error}): the list ends there"
+        ));
+    }
     for unseen in &traced.unseen {
         match unseen {
             Unseen::IoUring => say(

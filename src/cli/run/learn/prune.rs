@@ -32,7 +32,6 @@ enum End {
     },
     /// The probe succeeded.
     Works,
-    NotStarted,
     TooSlow,
 }
 
@@ -53,7 +52,6 @@ impl End {
             End::Status { code, signal: 0 } => format!("exit code {code}"),
             End::Status { signal, .. } => format!("signal {signal}"),
             End::Works => "a probe that succeeds".into(),
-            End::NotStarted => "a failure to start".into(),
             End::TooSlow => "no end in time".into(),
         }
     }
@@ -62,6 +60,8 @@ impl End {
 /// What one attempt showed.
 enum Shown {
     End(End, u64),
+    /// As without "x" on the command itself.
+    NotStarted(String),
     /// The person at the terminal wants an end.
     Stopped,
 }
@@ -89,8 +89,14 @@ impl<'a> Pruning<'a> {
         stops: &mut Stops,
     ) -> Result<Option<Vec<Entry>>, RunError> {
         const STOPPED: &str = "stopped before all was tried: the list is not pruned";
-        let is_same_output = match self.attempt(&entries, stops).await? {
+        let is_same_output = match self.with(&entries, stops).await? {
             Shown::End(end, printed) if end == self.wanted => printed == self.printed,
+            Shown::NotStarted(why) => {
+                say(format_args!(
+                    "with this list the command does not start: {why}; it is not pruned"
+                ));
+                return Ok(None);
+            }
             Shown::End(end, _) => {
                 say(format_args!(
                     "with this list the command comes to {}, and to {} with everything unveiled: it is not pruned. Can the command be run twice?",
@@ -107,7 +113,21 @@ impl<'a> Pruning<'a> {
         // A server that was stopped is judged by its probe.
         let compares_output = is_same_output && self.wanted != End::Works;
         if !is_same_output && self.wanted != End::Works {
-            say("the command prints something else each time: only its exit status is compared");
+            match self.attempt(Unveil::Everything, stops).await? {
+                Shown::Stopped => {
+                    say(STOPPED);
+                    return Ok(None);
+                }
+                Shown::End(end, printed) if end == self.wanted && printed == self.printed => {
+                    say(
+                        "with this list the command prints something else than with everything unveiled: the list lacks something, and is not pruned",
+                    );
+                    return Ok(None);
+                }
+                Shown::End(..) | Shown::NotStarted(_) => say(
+                    "the command prints something else each time: only its exit status is compared",
+                ),
+            }
         }
         let is_same = |end: End, printed: u64| {
             end == self.wanted && (!compares_output || printed == self.printed)
@@ -118,13 +138,13 @@ impl<'a> Pruning<'a> {
             let entry = entries[at].clone();
             let mut fewer = entries.clone();
             fewer.remove(at);
-            match self.attempt(&fewer, stops).await? {
+            match self.with(&fewer, stops).await? {
                 Shown::End(end, printed) if is_same(end, printed) => {
                     left_out.push(entry);
                     entries = fewer;
                     continue;
                 }
-                Shown::End(..) => {}
+                Shown::End(..) | Shown::NotStarted(_) => {}
                 Shown::Stopped => {
                     say(STOPPED);
                     return Ok(None);
@@ -138,9 +158,9 @@ impl<'a> Pruning<'a> {
                 }
                 let mut fewer = entries.clone();
                 fewer[at].access = less;
-                match self.attempt(&fewer, stops).await? {
+                match self.with(&fewer, stops).await? {
                     Shown::End(end, printed) if is_same(end, printed) => entries = fewer,
-                    Shown::End(..) => {}
+                    Shown::End(..) | Shown::NotStarted(_) => {}
                     Shown::Stopped => {
                         say(STOPPED);
                         return Ok(None);
@@ -165,20 +185,23 @@ impl<'a> Pruning<'a> {
         Ok(Some(entries))
     }
 
-    async fn attempt(&self, entries: &[Entry], stops: &mut Stops) -> Result<Shown, RunError> {
+    async fn with(&self, entries: &[Entry], stops: &mut Stops) -> Result<Shown, RunError> {
         let list: Vec<String> = entries.iter().map(Entry::to_string).collect();
+        self.attempt(Unveil::Only(&list), stops).await
+    }
+
+    async fn attempt(&self, unveil: Unveil<'_>, stops: &mut Stops) -> Result<Shown, RunError> {
         let attendance = Attendance {
             output: Copies::Dropped,
             tracing: None,
             probe: self.probe,
             limit: Some(self.limit),
         };
-        let attempt = self.subject.once(Unveil::Only(&list), attendance, stops);
+        let attempt = self.subject.once(unveil, attendance, stops);
         match attempt.await {
             Ok(attended) if attended.by == By::Person => Ok(Shown::Stopped),
             Ok(attended) => Ok(Shown::End(End::of(&attended), attended.printed)),
-            // As without "x" on the command itself.
-            Err(RunError::Task(_)) => Ok(Shown::End(End::NotStarted, 0)),
+            Err(RunError::Task(why)) => Ok(Shown::NotStarted(why.to_string())),
             Err(error) => Err(error),
         }
     }

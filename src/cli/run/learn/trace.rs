@@ -20,12 +20,14 @@ const ADDRESS_BYTES: usize = 110;
 const FAMILY_BYTES: usize = 2;
 
 /// What the tracer has seen.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Traced {
     pub seen: Seen,
     /// What was not found, or was not writable, below /run: it may be hidden from the task alone.
     pub missed: BTreeSet<PathBuf>,
     pub unseen: BTreeSet<Unseen>,
+    /// Why the tracer ended before the command, which the kernel has killed then.
+    pub broken_off: Option<io::Error>,
 }
 
 /// What the command did, and the tracer cannot tell files of.
@@ -48,7 +50,7 @@ pub fn attach(helper: i32) -> io::Result<JoinHandle<Traced>> {
         let mut tracer = Tracer::default();
         // An error ends this thread, and the kernel kills with it whatever it still traces.
         if is_seized && follow_to_task(helper).unwrap_or(false) {
-            let _ = tracer.follow();
+            tracer.traced.broken_off = tracer.follow().err();
         }
         tracer.traced
     })?;

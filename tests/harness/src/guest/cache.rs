@@ -95,11 +95,11 @@ fn forget_unused(parent: &Path, name: &str, just_built: &Path) {
     }
 }
 
-fn remove(path: &Path) -> Result<()> {
+pub(super) fn remove(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             bail!(
-                "cannot remove the remains of an earlier build, {}: {error}",
+                "cannot remove what is left of an earlier one, {}: {error}",
                 path.display()
             )
         }

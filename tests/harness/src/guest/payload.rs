@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-use super::cache::RunDir;
+use super::cache::{self, RunDir};
 use super::child;
 
 /// Room for test executables with line tables and a real agent.
@@ -76,10 +76,11 @@ impl Payload {
         self.run.path().join("payload")
     }
 
-    /// A directory of this run for everything that belongs to one guest.
+    /// An empty directory of this run for everything that belongs to one guest. One that is booted once more begins anew.
     pub fn scratch(&self, guest: &str) -> Result<PathBuf> {
         let dir = self.run.path().join(guest);
-        fs::create_dir(&dir)?;
+        cache::remove(&dir)?;
+        fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
         Ok(dir)
     }
 
@@ -107,5 +108,21 @@ impl Payload {
         command.arg(self.dir()).arg(&image).arg(IMAGE_SIZE);
         child::succeed(&mut command, Duration::from_secs(300))?;
         Ok(known.insert(image).clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_is_booted_once_more_begins_anew() -> Result<()> {
+        let payload = Payload::new(&[])?;
+        fs::write(
+            payload.scratch("guest")?.join("console.log"),
+            "Kernel panic",
+        )?;
+        assert_eq!(fs::read_dir(payload.scratch("guest")?)?.count(), 0);
+        Ok(())
     }
 }

@@ -30,6 +30,9 @@ impl Tally {
         for note in &ended.notes {
             lines.push_str(&format!("\n{:<16}     {note}", ""));
         }
+        if ended.failure.is_some() {
+            lines.push_str(&format!("\n    {}", reason(&ended)));
+        }
         // One call: the lines of two guests do not mix.
         println!("{lines}");
         self.lock().push((guest, ended));
@@ -37,6 +40,7 @@ impl Tally {
 
     /// A planned case that did not run is a failed one. The reason is told once.
     pub fn did_not_run(&self, guest: GuestName, cases: &[&str], why: &str) {
+        println!("{guest:<16} {} cases do not run: {why}", cases.len());
         for (number, case) in cases.iter().enumerate() {
             self.ended(
                 guest,
