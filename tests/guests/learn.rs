@@ -225,9 +225,14 @@ fn a_job_files_task_is_learned_from(context: &Context) -> Result<()> {
     fs::write(&input, "x")?;
     let job = dir.path().join("cat.nomad.hcl");
     let text = format!(
-        r#"job "cat" {{ group "g" {{ task "t" {{
+        r#"job "cat" {{
+        group "g" {{
+        task "t" {{
           driver = "exec2"
-          env {{ FILE = "{}" }}
+          env {{
+            FILE   = "{}"
+            LC_ALL = "C"
+          }}
           config {{
             command = "sh"
             args    = ["-c", "cat $FILE $NOMAD_TASK_DIR/own; echo >$NOMAD_ALLOC_DIR/out"]
@@ -236,7 +241,9 @@ fn a_job_files_task_is_learned_from(context: &Context) -> Result<()> {
             data        = "y"
             destination = "local/own"
           }}
-        }} }} }}"#,
+        }}
+        }}
+        }}"#,
         input.display()
     );
     fs::write(&job, text)?;

@@ -1,9 +1,10 @@
 //! A whole run inside a guest: one task at a time with the candidates in turns, the same under CPU limits, then many tasks.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use tokio::time::sleep;
 
 use super::bus::Bus;
 use super::figures::Id;
@@ -12,6 +13,9 @@ use super::raw::{Series, Who};
 use super::size::Size;
 use super::subject::{End, Subject};
 use super::{Controllers, crowds, install_stamp, kernel, programs};
+
+/// Between two starts that are compared: systemd is busy with the end of one for some time.
+const BETWEEN: Duration = Duration::from_millis(100);
 
 /// The drivers to measure.
 #[derive(Debug, Clone)]
@@ -108,6 +112,7 @@ async fn turns(
             _ => (End::Stop, Id::EndToStop),
         };
         for (subject, place) in subjects.iter().zip(&mut places) {
+            sleep(BETWEEN).await;
             let life = subject
                 .live(place, end)
                 .await
@@ -134,9 +139,11 @@ async fn turns(
             Who::ForkExec,
         ];
         for who in others {
+            sleep(BETWEEN).await;
             let taken = programs::first_instruction(who)?;
             samples.push(Id::FirstInstruction, who, None, taken);
         }
+        sleep(BETWEEN).await;
         samples.push(
             Id::FirstInstruction,
             Who::Systemd,

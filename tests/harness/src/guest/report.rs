@@ -7,9 +7,9 @@ use super::GuestName;
 use super::inside::Ended;
 
 const SLOWEST: usize = 10;
-/// Of a panic, in the list at the end.
-const PANIC_LINES: usize = 4;
-const PANIC_CHARS: usize = 300;
+/// Of what a failed case said, in its line and in the list at the end.
+const LINES: usize = 4;
+const CHARS: usize = 400;
 
 #[derive(Debug, Default)]
 pub struct Tally {
@@ -98,16 +98,15 @@ impl Tally {
     }
 }
 
-/// What is wrong, and the beginning of the panic that said so.
+/// What is wrong, and the beginning of the panic that said so, or the last that was said.
 fn reason(ended: &Ended) -> String {
+    let lines: Vec<&str> = ended.output.lines().collect();
+    let panic = lines.iter().position(|line| line.contains(" panicked at "));
+    let from = panic.unwrap_or(lines.len().saturating_sub(LINES));
     let failure = ended.failure.clone().unwrap_or_default();
-    let panic = ended
-        .output
-        .lines()
-        .skip_while(|line| !line.contains(" panicked at "))
-        .take(PANIC_LINES)
-        .map(|line| line.chars().take(PANIC_CHARS).collect());
-    let lines: Vec<String> = std::iter::once(failure).chain(panic).collect();
+    let said = lines.iter().skip(from).take(LINES);
+    let said = said.map(|line| line.chars().take(CHARS).collect());
+    let lines: Vec<String> = std::iter::once(failure).chain(said).collect();
     lines.join("\n    ")
 }
 
@@ -155,6 +154,14 @@ mod tests {
         assert_eq!(
             reason(&ended),
             "exit status: 101\n    thread 'main' panicked at a.rs:1:2:\n    it is 2, not 1\n    more"
+        );
+        let ended = Ended {
+            output: "1\n2\n3\n4\nError: no".to_owned(),
+            ..ended
+        };
+        assert_eq!(
+            reason(&ended),
+            "exit status: 101\n    2\n    3\n    4\n    Error: no"
         );
     }
 }
