@@ -13,6 +13,6 @@ fn main() -> ExitCode {
         Some(launch::session::SUBCOMMAND) => launch::session::run(),
         // The operator's `args` of the plugin block are no commands of ours.
         Some(_) if !plugin::is_started_by_nomad() => cli::main(),
-        _ => plugin::run(task::TaskTable::new),
+        _ => plugin::run(|| task::TaskTable::new(task::Ahead::One)),
     }
 }

@@ -35,18 +35,15 @@ use crate::record;
 use crate::sys::{self, SharedPage, clone};
 use confine::Rules;
 use place::TaskRoot;
-use report::{At, Failure, Word};
-pub use spawn::{Parked, SUBCOMMAND, spawn};
+use report::{At, Failure, Given, Word};
+pub use spawn::{Idle, NO_PROCESS, Parked, SUBCOMMAND};
 use supervise::{Child, Watch};
 use task::Prepared;
 
 /// What `spawn` puts where, after /dev/null as 0, 1 and 2.
 const CONTROL: RawFd = 3;
-const RECORD: RawFd = 4;
-const ORDER: RawFd = 5;
-const OUTPUT: [RawFd; 2] = [6, 7];
 /// A debug build's alone, for tests.
-const BREAKPOINTS: RawFd = 8;
+const BREAKPOINTS: RawFd = 4;
 
 /// The helper's whole life. `main` calls it before there is any thread, parser or logger.
 pub fn run() -> ! {
@@ -64,7 +61,13 @@ pub fn run() -> ! {
     // Its order has the task's environment. Executing the command makes the task dumpable again.
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     breakpoint::adopt(sys::inherited(BREAKPOINTS));
-    let ready = prepare().and_then(|ready| {
+    let given = match await_order(&control) {
+        Ok(Some(given)) => given,
+        // It was cloned ahead, and is not needed.
+        Ok(None) => sys::exit_now(0),
+        Err(failure) => give_up(&control, &failure),
+    };
+    let ready = prepare(given).and_then(|ready| {
         breakpoint::at(Step::Release);
         report::parked(&control).at(Step::Release)?;
         Ok((ready, report::wait_for_release(&control).at(Step::Release)?))
@@ -79,23 +82,29 @@ pub fn run() -> ! {
     }
 }
 
-/// What charges nothing to the task: it happens before the helper is in the scope.
-fn prepare() -> Result<(Prepared, SharedPage), Failure> {
+/// What is the same for every task, and the wait for one: as long as there is none, it may take a while.
+fn await_order(control: &OwnedFd) -> Result<Option<Given>, Failure> {
     // After execveat of a descriptor, older kernels name the process by the descriptor's number.
-    rustix::thread::set_name(c"exec2-launch").at(Step::Open)?;
+    rustix::thread::set_name(c"exec2-idle").at(Step::Open)?;
     // A signal to the plugin's process group, of a terminal or of timeout(1), is not for the task.
     rustix::process::setsid().at(Step::Open)?;
     // The task inherits it: Nomad's usual one, whatever the plugin's own is.
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    let record = File::from(sys::inherited(RECORD).at(Step::Open)?);
-    let page = SharedPage::map(&record, record::SIZE_BYTES).at(Step::Open)?;
-    let (order, kept) = read_order()?;
+    report::wait_for_order(control).at(Step::Open)
+}
+
+/// What charges nothing to the task: it happens before the helper is in the scope.
+fn prepare(given: Given) -> Result<(Prepared, SharedPage), Failure> {
+    rustix::thread::set_name(c"exec2-launch").at(Step::Open)?;
+    let page = SharedPage::map(&File::from(given.record), record::SIZE_BYTES).at(Step::Open)?;
+    let kept = given.order;
+    let order: Order = parse(&kept)?;
     breakpoint::at(Step::Open);
     TaskRoot::open(&order.task_dir, Step::Open)?;
     // The task's own /proc will be read-only: oom_score_adj is written through this one.
     let host_proc =
         place::open_host("/proc".as_ref(), OFlags::DIRECTORY).at_path(Step::Open, "/proc")?;
-    let outputs = stdio::open(&order)?;
+    let outputs = stdio::open(&order, given.output)?;
     breakpoint::at(Step::Network);
     namespaces::join_network(&order)?;
     breakpoint::at(Step::Unshare);
@@ -189,12 +198,6 @@ fn give_up(to: &OwnedFd, failure: &Failure) -> ! {
     // Whoever is gone cannot be told.
     let _ = report::failed(to, failure);
     sys::exit_now(127)
-}
-
-/// What was ordered, and its bytes, which the supervisor keeps for sessions.
-fn read_order() -> Result<(Order, OwnedFd), Failure> {
-    let order = sys::inherited(ORDER).at(Step::Open)?;
-    Ok((parse(&order)?, order))
 }
 
 /// Whoever has the descriptor, too, may have read from it before.

@@ -25,6 +25,7 @@ pub(super) const EXEC_FAILED: u8 = b'E';
 /// Sent where the heap cannot be relied upon, too: the signal follows.
 const KILLED: u8 = b'K';
 const HELD: u8 = b'H';
+const ORDER: u8 = b'O';
 const GO: u8 = b'G';
 const COMMIT: u8 = b'C';
 const ENDED: u8 = b'X';
@@ -167,6 +168,36 @@ pub fn receive(control: impl AsFd) -> io::Result<Option<(Message, Option<OwnedFd
         _ => return Err(unreadable()),
     };
     Ok(Some((message, packet.descriptors.into_iter().next())))
+}
+
+/// What a helper is given to do.
+#[derive(Debug)]
+pub(super) struct Given {
+    pub record: OwnedFd,
+    pub order: OwnedFd,
+    /// The task's stdout and stderr, or nothing.
+    pub output: Vec<OwnedFd>,
+}
+
+/// Plugin: what a helper is to do.
+pub(super) fn order(control: impl AsFd, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send(control, ORDER, &[], descriptors)
+}
+
+/// Helper: waits for what it is to do. `None` is the end: the plugin is gone, or needs no helper any more.
+pub(super) fn wait_for_order(control: impl AsFd) -> io::Result<Option<Given>> {
+    let Some(packet) = Packet::receive(control)? else {
+        return Ok(None);
+    };
+    let mut descriptors = packet.descriptors.into_iter();
+    match (packet.tag, descriptors.next(), descriptors.next()) {
+        (ORDER, Some(record), Some(order)) => Ok(Some(Given {
+            record,
+            order,
+            output: descriptors.collect(),
+        })),
+        _ => Err(unreadable()),
+    }
 }
 
 /// Plugin: lets the parked helper go on, now that it is inside the scope.

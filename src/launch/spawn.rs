@@ -10,12 +10,15 @@ use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::Serialize;
 
-use super::report::{At, EXEC_FAILED, Failure};
-use super::{BREAKPOINTS, CONTROL, OUTPUT};
+use super::report::{At, EXEC_FAILED, Failure, Message};
+use super::{BREAKPOINTS, CONTROL, report};
 use crate::breakpoint;
 use crate::plan::steps::{Order, Step};
 use crate::sys::clone::{self, Program};
 
+/// What EAGAIN of a new process or thread is about.
+pub const NO_PROCESS: &str =
+    "there may be no more processes: TasksMax= of the agent's unit, or kernel.pid_max of the host";
 /// First argument that makes the program the helper.
 pub const SUBCOMMAND: &str = "launch";
 const ARGV: [&CStr; 2] = [c"nomad-driver-exec2", c"launch"];
@@ -31,35 +34,57 @@ pub struct Parked {
     pub control: OwnedFd,
 }
 
-/// Starts the helper. `program` is an O_PATH descriptor of /proc/self/exe, so that a package upgrade cannot put another
-/// version in its place; `record` a file of `record::open()`; `output` the task's stdout and stderr for `Stdio::Given`.
-pub fn spawn(
-    program: BorrowedFd<'_>,
-    order: &Order,
-    record: &File,
-    output: Option<[OwnedFd; 2]>,
-) -> Result<Parked, Failure> {
+/// A helper that has no order yet. It ends by itself when this is dropped, but is not reaped.
+#[derive(Debug)]
+pub struct Idle(Parked);
+
+impl Idle {
+    /// `program` is an O_PATH descriptor of /proc/self/exe, so that a package upgrade cannot put another version in its place.
+    pub fn spawn(program: BorrowedFd<'_>) -> Result<Idle, Failure> {
+        idle(program).map(Idle)
+    }
+
+    /// Lets it end. To be reaped by the pidfd.
+    pub fn dismiss(self) -> OwnedFd {
+        self.0.pidfd
+    }
+
+    /// Gives it its order. `record` is a file of `record::open()`; `output` the task's stdout and stderr for `Stdio::Given`. One
+    /// that cannot be given anything comes back with the reason.
+    pub fn take(
+        self,
+        order: &Order,
+        record: &File,
+        output: Option<&[OwnedFd; 2]>,
+    ) -> Result<Parked, (Idle, Failure)> {
+        let given = sealed(c"exec2-order", order).and_then(|order| {
+            let mut descriptors = vec![record.as_fd(), order.as_fd()];
+            descriptors.extend(output.into_iter().flatten().map(AsFd::as_fd));
+            report::order(&self.0.control, &descriptors).at(Step::Spawn)
+        });
+        match given {
+            Ok(()) => Ok(self.0),
+            Err(failure) => {
+                // Its own word counts more than that it does not listen.
+                let failure = match report::receive(&self.0.control) {
+                    Ok(Some((Message::Failed(its), _))) => its,
+                    _ => failure,
+                };
+                Err((self, failure))
+            }
+        }
+    }
+}
+
+fn idle(program: BorrowedFd<'_>) -> Result<Parked, Failure> {
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
         .at_path(Step::Spawn, "/dev/null")?;
     let (ours, theirs) = control()?;
-    let order = sealed(c"exec2-order", order)?;
-
     let null = null.as_fd();
-    let mut descriptors = vec![
-        null,
-        null,
-        null,
-        theirs.as_fd(),
-        record.as_fd(),
-        order.as_fd(),
-    ];
-    if let Some(output) = &output {
-        debug_assert_eq!(descriptors.len(), OUTPUT[0] as usize);
-        descriptors.extend(output.iter().map(AsFd::as_fd));
-    }
+    let mut descriptors = vec![null, null, null, theirs.as_fd()];
     let test = breakpoint::for_helper();
     if let Some(test) = &test {
-        descriptors.resize(BREAKPOINTS as usize, null);
+        debug_assert_eq!(descriptors.len(), BREAKPOINTS as usize);
         descriptors.push(test.as_fd());
     }
     let (pid, pidfd) = execute(&Program {
@@ -97,9 +122,7 @@ pub(super) fn execute(program: &Program<'_>) -> Result<(i32, OwnedFd), Failure> 
 fn not_spawned(error: std::io::Error) -> Failure {
     let failure = Failure::new(Step::Spawn, error.raw_os_error().unwrap_or(0));
     match error.raw_os_error() {
-        Some(libc::EAGAIN) => failure.note(
-            "there may be no more processes: TasksMax= of the agent's unit, or kernel.pid_max of the host",
-        ),
+        Some(libc::EAGAIN) => failure.note(NO_PROCESS),
         Some(_) => failure,
         None => failure.note(error.to_string()),
     }

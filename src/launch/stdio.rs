@@ -12,11 +12,9 @@ use rustix::net::{
     shutdown, socket_with,
 };
 
-use super::OUTPUT;
 use super::place::{open_host, open_without_links};
 use super::report::{At, Failure};
 use crate::plan::steps::{Order, Stdio, Step};
-use crate::sys;
 
 /// How long Nomad's log collector may take to open its end.
 const READER_PATIENCE: Duration = Duration::from_secs(5);
@@ -53,11 +51,15 @@ pub(super) struct Standard {
 }
 
 /// Opens what lies on the host, before the view changes what paths mean.
-pub(super) fn open(order: &Order) -> Result<[Output; 2], Failure> {
+/// `output` is what the plugin handed over for `Stdio::Given`.
+pub(super) fn open(order: &Order, output: Vec<OwnedFd>) -> Result<[Output; 2], Failure> {
     match &order.stdio {
         Stdio::Null => Ok([Output::Null, Output::Null]),
         Stdio::Journal { .. } => Ok([journal_socket()?, journal_socket()?]),
-        Stdio::Given => Ok([given(0, order)?, given(1, order)?]),
+        Stdio::Given => match <[OwnedFd; 2]>::try_from(output) {
+            Ok([stdout, stderr]) => Ok([given(stdout, order)?, given(stderr, order)?]),
+            Err(_) => Err(Failure::new(Step::Open, 0).note("no output was handed over")),
+        },
         Stdio::Fifos { stdout, stderr } => Ok([fifo(stdout, order)?, fifo(stderr, order)?]),
     }
 }
@@ -130,8 +132,7 @@ fn journal(socket: &OwnedFd, unit: &str, identifier: &str, priority: u8) -> Resu
 }
 
 /// A pipe or a socket: the descriptor of a file leads past the read-only view, and root could change the file through it.
-fn given(index: usize, order: &Order) -> Result<Output, Failure> {
-    let output = sys::inherited(OUTPUT[index]).at(Step::Open)?;
+fn given(output: OwnedFd, order: &Order) -> Result<Output, Failure> {
     match FileType::from_raw_mode(fstat(&output).at(Step::Open)?.st_mode) {
         FileType::Fifo => {
             give_to_user(&output, order).at(Step::Open)?;

@@ -48,7 +48,7 @@ impl Step {
         ),
         (
             Step::Spawn,
-            "spawn the helper into a PID namespace of its own, with an empty environment, parked",
+            "give the order to a helper that was spawned into a PID namespace of its own, with an empty environment: now, or ahead of the start",
         ),
         (
             Step::Scope,

@@ -39,8 +39,6 @@ use handshake::Socket;
 
 /// The agent's own limit is 2 GiB; a job's whole environment and templates fit in this one.
 const MAX_MESSAGE_BYTES: usize = 64 << 20;
-/// How long a thread for blocking calls stays when there are none.
-const IDLE_THREAD: Duration = Duration::from_secs(1);
 /// For the answer to Shutdown to leave; Nomad kills after two seconds.
 const FAREWELL: Duration = Duration::from_millis(100);
 
@@ -70,8 +68,6 @@ pub fn run<T: Tasks>(tasks: impl FnOnce() -> io::Result<T>) -> ExitCode {
 fn live<T: Tasks>(tasks: impl FnOnce() -> io::Result<T>) -> Result<(), Box<dyn Error>> {
     let runtime = runtime::Builder::new_current_thread()
         .enable_all()
-        // Those that a burst of starts has taken.
-        .thread_keep_alive(IDLE_THREAD)
         .build()?;
     let outcome = runtime.block_on(async {
         // Ctrl-C reaches the agent's whole process group, and it is the agent that decides when we go. A handler, other

@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::Duration;
 
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::dir::{self, Found};
 use super::table::{TaskTable, lock};
+use super::thread::in_thread;
 use super::types::{DriverError, TaskRequest};
 use crate::host;
 use crate::plan::files::Resolver;
@@ -22,7 +22,7 @@ impl TaskTable {
     /// Finds out the facts and plans.
     pub(super) async fn plan(&self, request: &TaskRequest) -> Result<Plan, DriverError> {
         let asked = request.clone();
-        let (account, found) = timeout(LOOK_UP_PATIENCE, spawn_blocking(move || look_up(&asked)))
+        let (account, found) = timeout(LOOK_UP_PATIENCE, in_thread(move || look_up(&asked)))
             .await
             .map_err(|_| {
                 DriverError::Transient(format!(
@@ -31,7 +31,7 @@ impl TaskTable {
                     LOOK_UP_PATIENCE.as_secs()
                 ))
             })?
-            .map_err(|error| DriverError::Permanent(error.to_string()))??;
+            .map_err(|error| DriverError::Transient(error.to_string()))??;
         self.decide(request, account, found, host::agent_unit("self"))
     }
 

@@ -1,5 +1,6 @@
 //! The life of one task, from its start to the last word about it. Knows nothing of gRPC: `plugin` translates.
 
+mod ahead;
 mod copies;
 mod cpus;
 mod denials;
@@ -19,6 +20,7 @@ mod stats;
 mod stop;
 mod table;
 mod takeover;
+mod thread;
 pub mod types;
 mod wait;
 mod watches;
@@ -29,6 +31,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_stream::Stream;
 
+pub use self::ahead::Ahead;
 pub use self::exec::Session;
 use crate::config::plugin::PluginConfig;
 pub use start::{Output, Tracing};

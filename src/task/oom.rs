@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
-use tokio::task::spawn_blocking;
 
 use super::table::{Task, TaskTable, lock};
+use super::thread::in_thread;
 use crate::cgroup::Mark;
 use crate::text::UnitText;
 
@@ -134,9 +134,12 @@ pub(super) fn now() -> Duration {
 
 /// The victims in a scope, oldest first; none where the kernel's log cannot be read, as in a container.
 pub(super) async fn victims(cgroup: String) -> Vec<Victim> {
-    spawn_blocking(move || read_log(&cgroup))
-        .await
-        .unwrap_or_default()
+    let elsewhere = cgroup.clone();
+    match in_thread(move || read_log(&elsewhere)).await {
+        Ok(victims) => victims,
+        // A moment here is better than an end that is not told.
+        Err(_) => read_log(&cgroup),
+    }
 }
 
 fn read_log(cgroup: &str) -> Vec<Victim> {

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Semaphore, watch};
-use tokio::task::spawn_blocking;
 
 use super::cpus;
 use super::denials::Asked;
@@ -23,10 +22,11 @@ use super::stop::scopes;
 use super::table::{Task, TaskTable, create_record, keep_record, record_path};
 use super::takeover;
 use super::types::{DriverError, Saved, TaskRequest};
+use super::wait;
 use crate::breakpoint;
 use crate::cgroup::{Cgroup, Mark};
-use crate::launch;
-use crate::launch::report::{self, Failure, Message};
+use crate::launch::Idle;
+use crate::launch::report::{self, Message};
 use crate::plan::Plan;
 use crate::plan::steps::{Order, Stdio, Step};
 use crate::plan::unit::UnitName;
@@ -90,6 +90,7 @@ impl TaskTable {
                 let task = self.insert(task);
                 self.tell_start(&task, &phases);
                 self.follow(task);
+                self.prepare_helper();
                 Ok(Saved {
                     version: state::VERSION,
                     driver_state: state.encode(),
@@ -248,24 +249,30 @@ impl TaskTable {
         }
     }
 
-    /// Step 2. In a thread of its own: a clone of our address space takes a moment.
+    /// Step 2.
     async fn spawn(
         &self,
-        plan: &Arc<Plan>,
+        plan: &Plan,
         record: File,
         output: Option<[OwnedFd; 2]>,
     ) -> Result<Helper, DriverError> {
-        let (tasks, plan) = (self.clone(), plan.clone());
-        let spawned = spawn_blocking(move || {
-            let parked = launch::spawn(tasks.shared.program.as_fd(), &plan.order, &record, output)?;
-            Ok(Helper { parked, record })
-        })
-        .await;
-        spawned
-            .map_err(|error| DriverError::Permanent(error.to_string()))?
-            .map_err(|error: Failure| {
-                DriverError::Transient(format!("the helper cannot be spawned: {error}"))
-            })
+        let give = |idle: Idle| {
+            idle.take(&plan.order, &record, output.as_ref())
+                .map_err(|(idle, failure)| {
+                    tokio::spawn(wait::reaped(idle.dismiss()));
+                    failure
+                })
+        };
+        // One that was killed meanwhile is none.
+        let ahead = self.idle_helper().and_then(|idle| give(idle).ok());
+        let parked = match ahead {
+            Some(parked) => Ok(parked),
+            None => self.new_helper().await?.and_then(give),
+        };
+        let parked = parked.map_err(|error| {
+            DriverError::Transient(format!("the helper cannot be spawned: {error}"))
+        })?;
+        Ok(Helper { parked, record })
     }
 
     /// Step 3, once more: the name derives from the task's id, so what has it is this very task, of a start whose plugin

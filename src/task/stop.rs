@@ -9,13 +9,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 use tracing::warn;
 
 use super::log::of_task;
 use super::state::Process;
 use super::table::{Task, TaskTable, lock, record_path, remove_record, send};
+use super::thread::in_thread;
 use super::types::{Destroy, DriverError, TaskId};
 use crate::breakpoint;
 use crate::cgroup::{Cgroup, Mark};
@@ -144,7 +144,9 @@ impl TaskTable {
         if self.settings().config.signal_all {
             let all = task.clone();
             // There may be thousands.
-            let _ = spawn_blocking(move || all.signal_all(number)).await;
+            if in_thread(move || all.signal_all(number)).await.is_err() {
+                task.signal_all(number);
+            }
         }
         // Alone, or last: whatever it starts in answer is not signalled.
         task.signal(number)

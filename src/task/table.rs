@@ -13,6 +13,7 @@ use std::time::SystemTime;
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use tracing::warn;
 
+use super::ahead::{Ahead, Helpers};
 use super::denials::{Asked, Denials, Told};
 use super::fingerprint;
 use super::state::Process;
@@ -57,6 +58,7 @@ pub(super) struct Shared {
     pub(super) watches: OnceLock<Option<Arc<Watches>>>,
     /// Likewise, of what Landlock denies.
     pub(super) denials: OnceLock<Option<Arc<Denials>>>,
+    pub(super) helpers: Helpers,
 }
 
 /// What SetConfig brought.
@@ -114,7 +116,7 @@ pub(super) struct Ended {
 
 impl TaskTable {
     /// No task yet, and no configuration. Opens our own image, as it is now.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(ahead: Ahead) -> io::Result<Self> {
         sys::keep_one_heap();
         let (events, _) = broadcast::channel(256);
         let shared = Shared {
@@ -131,6 +133,7 @@ impl TaskTable {
             cpus_changed: Notify::new(),
             watches: OnceLock::new(),
             denials: OnceLock::new(),
+            helpers: Helpers::new(ahead),
         };
         Ok(Self {
             shared: Arc::new(shared),

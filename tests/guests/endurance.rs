@@ -8,6 +8,7 @@ use harness::leaks::Ground;
 use harness::nomad::proto::driver::TaskConfig;
 use tokio::task::JoinSet;
 
+use crate::ahead::ahead;
 use crate::calls::{Calls, Descriptors, Place};
 use crate::case;
 use crate::nomad::{agent, status, until};
@@ -76,6 +77,8 @@ fn hundreds_of_tasks_at_once_keep_their_codes(context: &Context) -> Result<()> {
         let calls = Calls::of(&agent)?;
         let plugin = agent.plugin_pid().await.context("there is no plugin")?;
         let ground = Ground::survey()?;
+        to_end(&calls, place.task(&exit(0)), 0).await?;
+        ahead(plugin).await?;
         let before = [Size::of(plugin)?, Size::of(1)?];
         let begun = Instant::now();
         let mut tasks = JoinSet::new();

@@ -12,6 +12,7 @@ use harness::leaks::{Descriptors, Ground};
 use harness::nomad::proto::driver::TaskState;
 use harness::nomad::{Agent, Allocation, RpcError, Task};
 
+use crate::ahead::ahead;
 use crate::case;
 use crate::nomad::{Job, Scope, agent, proc_file, said, until};
 
@@ -127,6 +128,7 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         let (_, task, scope) = &steady;
         let (main, before) = (scope.main()?, limits(scope)?);
         let plugin = agent.plugin_pid().await.context("a plugin")?;
+        ahead(plugin).await?;
         let open = Descriptors::of(plugin)?;
 
         let ending = (Job::shell("exit 4").text(), (4, 0));

@@ -4,6 +4,7 @@
 
 mod agent;
 mod agent_faults;
+mod ahead;
 mod attacks;
 mod bad_input;
 mod bench;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         versions::CASES,
         agent::CASES,
         agent_faults::CASES,
+        ahead::CASES,
         view::CASES,
         secrets::CASES,
         recovery::CASES,

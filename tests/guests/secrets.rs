@@ -314,8 +314,7 @@ fn nothing_of_ours_leaves_a_core(context: &Context) -> Result<()> {
         })
         .await?;
 
-        let plugin = agent.plugin_pid().await.context("the plugin runs")?;
-        said("kill", &["-ABRT", &plugin.to_string()])?;
+        let plugin = agent.abort_plugin().await?;
         until("the plugin has crashed", || {
             let state = crate::nomad::status(plugin, "State").unwrap_or_default();
             (state.is_empty() || state.starts_with('Z')).then_some(())

@@ -13,7 +13,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::stat::Mode;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nomad_driver_exec2::launch::report::{Failure, Message, commit, receive, release};
-use nomad_driver_exec2::launch::{Parked, spawn};
+use nomad_driver_exec2::launch::{Idle, Parked};
 use nomad_driver_exec2::plan::capabilities::{Capabilities, Subject};
 use nomad_driver_exec2::plan::steps::{
     Denials, Order, Place, Rule, Source, Stdio, TaskDir, UserNamespaces,
@@ -166,7 +166,9 @@ impl Stage {
             pidfd,
             pid,
             control,
-        } = spawn(program.as_fd(), order, &self.record, output)?;
+        } = Idle::spawn(program.as_fd())?
+            .take(order, &self.record, output.as_ref())
+            .map_err(|(_, failure)| failure)?;
         let mut helper = Helper {
             supervisor: Supervisor { pidfd, pid },
             control,

@@ -23,8 +23,8 @@ use crate::job::{self, Effect, Group, Job, Logs, Task, Value, options, template}
 use crate::plan::Plan;
 use crate::plan::limits::{Compute, Cpus};
 use crate::plan::steps::Source;
-use crate::task::TaskTable;
 use crate::task::types::TaskRequest;
+use crate::task::{Ahead, TaskTable};
 use crate::text::one_line;
 use crate::users::{self, Account};
 
@@ -119,7 +119,7 @@ pub async fn check(file: &Path, given: &Given, agent: &Agent) -> Result<Vec<Chec
     if let Some(total_mhz) = agent.config.cpu_total_compute {
         compute.total_mhz = total_mhz;
     }
-    let tasks = TaskTable::new()?;
+    let tasks = TaskTable::new(Ahead::None)?;
     let known = config.clone().unwrap_or_default();
     tasks.set_up(known, Some(compute), Cpus::new()).await;
     let environment = agent.running.first().map(|agent| &agent.environment);

@@ -31,7 +31,7 @@ use crate::job::request::{new_alloc_id, new_task_id};
 use crate::plan::capabilities;
 use crate::plan::limits::{Cpus, MemoryMax, Resources};
 use crate::task::types::{DriverError, ExitResult, Names, TaskId, TaskRequest};
-use crate::task::{TaskTable, Tasks};
+use crate::task::{Ahead, TaskTable, Tasks};
 use crate::users::{self, Account, UserError};
 
 /// Run a command, or a task of a job file, as a task: in its own systemd scope, limited, and with nothing open to it but
@@ -118,7 +118,7 @@ impl Run {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let result = runtime.block_on(self.run(TaskTable::new()?))?;
+        let result = runtime.block_on(self.run(TaskTable::new(Ahead::None)?))?;
         if let Some(error) = &result.error {
             say(error);
         }

@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
-use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use super::helper;
 use super::log::of_task;
 use super::table::{Task, TaskTable};
+use super::thread::in_thread;
 use super::types::{DriverError, ExitResult, SessionInput, SessionOutput, Streams, TaskId};
 use super::wait;
 use crate::breakpoint;
@@ -118,9 +118,9 @@ impl TaskTable {
         let (supervised, place) = (task.clone(), room.clone());
         let asked = streams;
         let spawned =
-            spawn_blocking(move || spawn(&program, &supervised, &place, &order, streams)).await;
+            in_thread(move || spawn(&program, &supervised, &place, &order, streams)).await;
         let spawned =
-            spawned.unwrap_or_else(|error| Err(DriverError::Permanent(error.to_string())));
+            spawned.unwrap_or_else(|error| Err(DriverError::Transient(error.to_string())));
         match spawned {
             Err(error) => {
                 let _ = started.send(Err(error));

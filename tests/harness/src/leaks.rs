@@ -263,6 +263,15 @@ fn is_alive(pid: i32) -> bool {
     fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|command| !command.is_empty())
 }
 
+/// Whether it is the helper that a plugin keeps for its next start: with the plugin it has to go.
+fn is_ahead(pid: i32) -> bool {
+    let comm = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
+    let is_of_a_plugin = parent.is_some_and(|pid| comm(pid.trim()).starts_with("nomad-driver-ex"));
+    is_of_a_plugin && comm(&pid.to_string()) == "exec2-idle\n"
+}
+
 fn processes_in(cgroup: &Path, except: &BTreeSet<i32>, all: &mut BTreeSet<Leak>) {
     let pids = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     for pid in pids.lines().filter_map(|line| line.parse().ok()) {
@@ -270,7 +279,7 @@ fn processes_in(cgroup: &Path, except: &BTreeSet<i32>, all: &mut BTreeSet<Leak>)
             .unwrap_or_default()
             .replace('\0', " ");
         // Without a command line it is a zombie on its way.
-        if !except.contains(&pid) && !command.is_empty() {
+        if !except.contains(&pid) && !command.is_empty() && !is_ahead(pid) {
             let command = command.trim_end().to_owned();
             all.insert(Leak::Process { pid, command });
         }

@@ -17,6 +17,14 @@ use super::{Controllers, crowds, install_stamp, kernel, programs};
 /// Between two starts that are compared: systemd is busy with the end of one for some time.
 const BETWEEN: Duration = Duration::from_millis(100);
 
+/// A task that waits, of an ordinary program.
+const SLEEP: Job = Job {
+    command: "sleep",
+    args: &["3600"],
+    memory_mib: 64,
+    ..Job::STAMP
+};
+
 /// The drivers to measure.
 #[derive(Debug, Clone)]
 pub struct Candidates {
@@ -100,6 +108,14 @@ async fn turns(
     for subject in subjects {
         places.push(Place::new(subject.who, &subject.agent, Job::STAMP).await?);
     }
+    // What all supervisors have in common is no task's own, as on a host with more tasks than one.
+    let mut companions = Vec::new();
+    for subject in subjects {
+        let place = Place::new(subject.who, &subject.agent, SLEEP).await?;
+        let asked = place.task()?;
+        subject.calls.start(asked.config.clone()).await?;
+        companions.push((subject, place, asked));
+    }
     // The first of each finds cold caches.
     for (subject, place) in subjects.iter().zip(&mut places) {
         subject.live(place, End::Exit).await?;
@@ -156,6 +172,11 @@ async fn turns(
             None,
             programs::cpu_of_exec()?,
         );
+    }
+    for (subject, place, asked) in companions {
+        subject.calls.destroy(&asked.config.id, true).await?;
+        asked.clear();
+        place.close().await?;
     }
     for subject in subjects.iter().filter(|subject| subject.who == Who::Ours) {
         phases(subject, size, &mut samples)?;
@@ -219,18 +240,12 @@ async fn limited(subjects: &[Subject], size: &Size, listener: &mut impl Listener
         place.close().await?;
     }
     for subject in subjects {
-        let sleep = Job {
-            command: "sleep",
-            args: &["600"],
-            memory_mib: 64,
-            ..Job::STAMP
-        };
-        let place = Place::new(subject.who, &subject.agent, sleep).await?;
+        let place = Place::new(subject.who, &subject.agent, SLEEP).await?;
         for _ in 0..size.limited_rounds {
             let asked = place.task()?;
             let id = asked.config.id.clone();
             subject.calls.start(asked.config.clone()).await?;
-            tokio::time::sleep(crowds::SETTLE).await;
+            sleep(crowds::SETTLE).await;
             let memory = asked.cgroup.memory_kib()?;
             samples.push(Id::SleepMemory, subject.who, None, memory);
             // StopTask is measured elsewhere, and not every driver's likes a command that dies of the signal.

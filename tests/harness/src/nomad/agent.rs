@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -219,6 +221,14 @@ impl Agent {
         self.0.kill_plugin().await?;
         self.0.launch().await?;
         self.0.recover(Handles::InMemory).await
+    }
+
+    /// SIGABRT of the plugin. Its streams end with it, which is then no news; `kill_plugin` starts a new instance.
+    pub async fn abort_plugin(&self) -> Result<u32> {
+        let plugin = self.plugin_pid().await.context("there is no plugin")?;
+        self.0.connection()?.close();
+        kill(Pid::from_raw(plugin.cast_signed()), Signal::SIGABRT)?;
+        Ok(plugin)
     }
 
     /// SIGKILL of the plugin while a call is under way. Whoever made the call finds out, and starts a new instance.
