@@ -320,7 +320,8 @@ struct Packet {
 
 impl Packet {
     fn receive(socket: impl AsFd) -> io::Result<Option<Packet>> {
-        let mut bytes = [0; PACKET_BYTES];
+        // Not on the stack, which keeps for good what it once was.
+        let mut bytes = vec![0; PACKET_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {

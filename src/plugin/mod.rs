@@ -106,7 +106,9 @@ pub async fn serve<T: Tasks>(
     let driver = DriverServer::new(driver::Driver {
         tasks: Arc::clone(&tasks),
     });
-    let base = BasePluginServer::new(base::Base { tasks });
+    let base = BasePluginServer::new(base::Base {
+        tasks: Arc::clone(&tasks),
+    });
     let controller = GrpcControllerServer::new(controller::Controller {
         leave: Arc::clone(&leave),
     });
@@ -127,5 +129,6 @@ pub async fn serve<T: Tasks>(
         () = stop => {}
         () = leave.notified() => tokio::time::sleep(FAREWELL).await,
     }
+    tasks.leave().await;
     Ok(())
 }

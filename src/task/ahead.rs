@@ -3,10 +3,10 @@
 
 use std::os::fd::AsFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
 use tracing::debug;
 
 use super::table::{TaskTable, lock};
@@ -31,15 +31,19 @@ pub enum Ahead {
 pub(super) struct Helpers {
     ahead: Ahead,
     idle: Mutex<Option<Idle>>,
-    is_cloning: AtomicBool,
+    /// Held by whoever makes one; closed when no more are made.
+    making: Semaphore,
 }
+
+/// How long the last one may take to end with the plugin.
+const FAREWELL: Duration = Duration::from_millis(500);
 
 impl Helpers {
     pub fn new(ahead: Ahead) -> Self {
         Self {
             ahead,
             idle: Mutex::default(),
-            is_cloning: AtomicBool::new(false),
+            making: Semaphore::new(1),
         }
     }
 }
@@ -60,26 +64,40 @@ impl TaskTable {
     /// Sees to it that the next start finds one.
     pub(super) fn prepare_helper(&self) {
         let helpers = &self.shared.helpers;
-        let is_wanted = helpers.ahead == Ahead::One && lock(&helpers.idle).is_none();
-        if !is_wanted || helpers.is_cloning.swap(true, Ordering::Relaxed) {
+        if helpers.ahead == Ahead::None {
             return;
         }
         let tasks = self.clone();
         tokio::spawn(async move {
             sleep(PAUSE).await;
-            let made = tasks.new_helper().await;
             let helpers = &tasks.shared.helpers;
-            match made {
-                Ok(Ok(idle)) => {
-                    let former = lock(&helpers.idle).replace(idle);
-                    if let Some(former) = former {
-                        tokio::spawn(wait::reaped(former.dismiss()));
-                    }
-                }
+            let Ok(_turn) = helpers.making.try_acquire() else {
+                return;
+            };
+            if lock(&helpers.idle).is_some() {
+                return;
+            }
+            match tasks.new_helper().await {
+                Ok(Ok(idle)) => *lock(&helpers.idle) = Some(idle),
                 Ok(Err(error)) => debug!("no helper ahead: {error}"),
                 Err(error) => debug!("no helper ahead: {error}"),
             }
-            helpers.is_cloning.store(false, Ordering::Relaxed);
         });
+    }
+
+    /// Sees it to its end, and makes none any more.
+    pub(super) async fn dismiss_helper(&self) {
+        let helpers = &self.shared.helpers;
+        let ended = timeout(FAREWELL, async {
+            // One that is being made is waited for.
+            let _turn = helpers.making.acquire().await;
+            helpers.making.close();
+            if let Some(idle) = self.idle_helper() {
+                wait::reaped(idle.dismiss()).await;
+            }
+        });
+        if ended.await.is_err() {
+            debug!("the helper ahead has not ended yet");
+        }
     }
 }

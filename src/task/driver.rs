@@ -36,6 +36,10 @@ impl Tasks for TaskTable {
         self.shared.fingerprint.subscribe()
     }
 
+    async fn leave(&self) {
+        self.dismiss_helper().await;
+    }
+
     async fn start(&self, request: TaskRequest) -> Result<Saved, DriverError> {
         self.start_with(request, Output::Logs).await
     }

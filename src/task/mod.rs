@@ -58,6 +58,9 @@ pub trait Tasks: Send + Sync + 'static {
     /// The state of the host as it changes. The receiver holds the first one when this returns.
     fn fingerprint(&self) -> watch::Receiver<Fingerprint>;
 
+    /// The plugin ends, its tasks stay: what was kept for later starts goes, within a second.
+    fn leave(&self) -> impl Future<Output = ()> + Send;
+
     fn start(
         &self,
         request: TaskRequest,

@@ -83,6 +83,8 @@ impl Tasks for Memory {
         self.fingerprint.subscribe()
     }
 
+    async fn leave(&self) {}
+
     async fn start(&self, request: TaskRequest) -> Result<Saved, DriverError> {
         match request.options.command.as_str() {
             "transient" => return Err(DriverError::Transient("no bus".into())),

@@ -269,7 +269,8 @@ fn is_ahead(pid: i32) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
     let is_of_a_plugin = parent.is_some_and(|pid| comm(pid.trim()).starts_with("nomad-driver-ex"));
-    is_of_a_plugin && comm(&pid.to_string()) == "exec2-idle\n"
+    // It gives itself the first of these names as soon as it can, and the second with its order.
+    is_of_a_plugin && comm(&pid.to_string()) != "exec2-launch\n"
 }
 
 fn processes_in(cgroup: &Path, except: &BTreeSet<i32>, all: &mut BTreeSet<Leak>) {
