@@ -133,7 +133,8 @@ pub(super) fn keep_capabilities(kept: CapabilitySet) -> Result<(), Errno> {
     )
 }
 
-/// Without its own, a task would share the agent's session keyring with all others.
+/// Without its own, a task would share the agent's session keyring with all others. It is whose user makes it: kernel.keys.maxkeys gives
+/// each user but root 200, for all tasks together. Whoever has it as theirs may use it all the same, and nobody else of the user's.
 pub(super) fn leave_session_keyring() -> Result<(), Failure> {
     match sys::join_new_session_keyring() {
         // A kernel without keyrings has none to share.

@@ -50,14 +50,14 @@ pub(super) fn become_task(prepared: &Prepared, channel: &OwnedFd) -> Result<Infa
     // Before the user changes: after that, /proc/self belongs to root until exec.
     privileges::set_oom_score_adj(host_proc, order.oom_score_adj)
         .at_path(Step::OomScore, order.oom_score_adj.to_string())?;
+    breakpoint::at(Step::Keyring);
+    privileges::leave_session_keyring()?;
     breakpoint::at(Step::Bounding);
     privileges::cut_bounding(order.bounding)?;
     breakpoint::at(Step::Groups);
     privileges::set_groups([order.gid; 3])?;
     breakpoint::at(Step::User);
     privileges::set_user(order.uid)?;
-    breakpoint::at(Step::Keyring);
-    privileges::leave_session_keyring()?;
     breakpoint::at(Step::Ambient);
     privileges::keep_only(order.uid, order.bounding, order.ambient)?;
     breakpoint::at(Step::WorkDir);

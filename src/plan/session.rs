@@ -66,7 +66,7 @@ impl SessionStep {
         (SessionStep::TakeLimits, "set the task's resource limits"),
         (
             SessionStep::TakeUser,
-            "take the task's bounding set, group, user, a fresh session keyring and ambient capabilities",
+            "take a fresh session keyring, and the task's bounding set, group, user and ambient capabilities",
         ),
         (
             SessionStep::TakeWorkDir,

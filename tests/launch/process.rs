@@ -254,3 +254,32 @@ fn no_new_privs_is_set() {
 fn supervisor(task: &Task<'_>, name: &str) -> String {
     fs::read_to_string(format!("/proc/{}/{name}", task.supervisor.pid)).unwrap()
 }
+
+#[test]
+fn the_session_keyring_is_roots_and_the_tasks_to_use() {
+    const USER: u32 = 80_555;
+    let stage = Stage::new();
+    // KEY_SPEC_SESSION_KEYRING is -3.
+    let script = format!(
+        "my ($t, $d, $v) = ('user', 'mine', 'x'); syscall({}, $t, $d, $v, 1, -3) > 0 or die $!; $| = 1; print 'made'; sleep 600",
+        libc::SYS_add_key
+    );
+    let order = Order {
+        uid: USER,
+        gid: USER,
+        ..stage.order("perl", &["-e", &script])
+    };
+    let task = stage.start(&order).unwrap();
+    until("it has made a key", || {
+        // Uid, then of the quota: keys/most.
+        let users = fs::read_to_string("/proc/key-users").unwrap();
+        let its = format!("{USER}:");
+        let line = users
+            .lines()
+            .find(|line| line.trim_start().starts_with(&its));
+        let keys = line.and_then(|line| line.split_whitespace().nth(3));
+        assert!(keys.is_none_or(|keys| keys.starts_with("1/")), "{users}");
+        keys.is_some()
+    });
+    drop(task);
+}

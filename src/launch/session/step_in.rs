@@ -80,10 +80,10 @@ pub(super) fn step_in(mut prepared: Prepared, channel: &OwnedFd) -> Result<Infal
     breakpoint::at(SessionStep::TakeUser);
     // As at the task's start, its user need not be able to reach it by its path.
     let root = TaskRoot::open(&task.task_dir, Step::WorkDir)?;
+    privileges::leave_session_keyring()?;
     privileges::cut_bounding(task.bounding)?;
     privileges::set_groups([task.gid; 3])?;
     privileges::set_user(task.uid)?;
-    privileges::leave_session_keyring()?;
     privileges::keep_only(task.uid, task.bounding, task.ambient)?;
     breakpoint::at(SessionStep::TakeWorkDir);
     task::enter_work_dir(&task.work_dir, &root)?;

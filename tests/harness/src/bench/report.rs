@@ -16,6 +16,7 @@ use super::raw::{Raw, Who};
 
 const ABOUT: &str = include_str!("report/about.md");
 const METHOD: &str = include_str!("report/method.md");
+const FINDINGS: &str = include_str!("report/findings.md");
 
 pub fn raw_name(guest: &str) -> String {
     format!("raw-{guest}.json")
@@ -72,7 +73,9 @@ fn markdown(raws: &[Raw]) -> Result<String> {
         guest(raw, &mut text)?;
     }
     text.push('\n');
-    text.push_str(METHOD);
+    for part in [METHOD, "\n", FINDINGS] {
+        text.push_str(part);
+    }
     Ok(text)
 }
 
