@@ -626,8 +626,11 @@ fn helpers(plugin: u32) -> Result<Vec<i32>> {
         };
         let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
         let is_child = status.contains(&format!("PPid:\t{plugin}\n"));
-        let is_idle = status.starts_with("Name:\texec2-idle\n") || status.contains("State:\tZ");
-        if is_child && !is_idle {
+        // One that is ahead of the next start may not have its name yet.
+        let is_at_work = ["exec2-launch", "exec2-supervise"]
+            .iter()
+            .any(|name| status.starts_with(&format!("Name:\t{name}\n")));
+        if is_child && is_at_work && !status.contains("State:\tZ") {
             found.push(pid);
         }
     }
