@@ -104,6 +104,7 @@ fn prepare(given: Given) -> Result<(Prepared, SharedPage), Failure> {
     // The task's own /proc will be read-only: oom_score_adj is written through this one.
     let host_proc =
         place::open_host("/proc".as_ref(), OFlags::DIRECTORY).at_path(Step::Open, "/proc")?;
+    supervise::spare_from_oom_killer(&host_proc);
     let outputs = stdio::open(&order, given.output)?;
     breakpoint::at(Step::Network);
     namespaces::join_network(&order)?;

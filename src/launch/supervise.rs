@@ -48,7 +48,8 @@ pub(super) struct Watch {
     pub log_readers: Vec<Reader>,
 }
 
-/// What cannot wait until the command runs.
+/// What cannot wait until the command runs: that is before this process goes on. Until it has withdrawn, it is the capabilities of the
+/// PID namespace's init that keep the task from it, and that it is not dumpable.
 pub(super) fn make_ready() -> Result<(), Failure> {
     // The command could limit its supervisor otherwise.
     privileges::set_groups(GROUPS)?;
@@ -76,10 +77,12 @@ pub(super) fn bury(control: &OwnedFd, child: &Child, stdio: Standard) -> ! {
         let _ = report::child_killed(control, signal);
         sys::exit_now(127);
     }
-    match follow(&child.channel) {
-        Err(failure) => give_up(control, &failure),
-        Ok(_) => sys::exit_now(127),
-    }
+    let failure = match follow(&child.channel) {
+        Err(failure) => failure,
+        // What it wanted to say did not arrive.
+        Ok(_) => Failure::new(Step::Exec, 0).note("the command was not executed"),
+    };
+    give_up(control, &failure)
 }
 
 fn main(child: &Child) -> Pid {
@@ -90,7 +93,7 @@ fn main(child: &Child) -> Pid {
 pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
     let main = main(&watch.child);
     let Child { pidfd, channel, .. } = watch.child;
-    let started = withdraw(&watch.host_proc).and_then(|()| await_exec(&channel, main));
+    let started = withdraw().and_then(|()| follow(&channel));
     drop((channel, watch.host_proc));
     // For sessions, as long as the task runs.
     let _order = watch.order;
@@ -138,30 +141,33 @@ fn commit(control: OwnedFd, main: BorrowedFd<'_>, log_readers: &mut Vec<Reader>)
     }
 }
 
-/// Becomes as uninteresting as possible, to the task and to the OOM killer.
-fn withdraw(host_proc: &OwnedFd) -> Result<(), Failure> {
-    let _ = rustix::thread::set_name(c"exec2-supervise");
+/// Before the scope: the OOM killer passes over a child that shares memory until it executes, and with the agent's -1000 for the
+/// helper there would be nobody in the scope to end when its memory is used up.
+pub(super) fn spare_from_oom_killer(host_proc: &OwnedFd) {
     // Refused where the plugin itself may not lower it (no CAP_SYS_RESOURCE); then it keeps what it has.
     let _ = privileges::set_oom_score_adj(host_proc, OOM_SCORE_ADJ);
+}
+
+/// Becomes as uninteresting to the task as possible.
+fn withdraw() -> Result<(), Failure> {
+    let _ = rustix::thread::set_name(c"exec2-supervise");
     // What it takes to give Nomad's log pipes back, until the start is done.
     privileges::keep_capabilities(CapabilitySet::CHOWN).at(Step::Fork)?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::Fork)
 }
 
-/// Returns the descriptors that the child wants held, once it has executed the command.
-fn await_exec(channel: &OwnedFd, main: Pid) -> Result<Vec<OwnedFd>, Failure> {
-    follow(channel).inspect_err(|_| {
-        reap_until(main);
-    })
-}
-
-/// Hears what the child says, until it executes the command or ends.
+/// Hears what the child says, until it executes the command or ends. Returns the descriptors that it wants held.
 fn follow(channel: &OwnedFd) -> Result<Vec<OwnedFd>, Failure> {
     let mut held = Vec::new();
     loop {
         match report::news(channel).at(Step::Exec)? {
             News::Hold(more) => held.extend(more),
             News::Failed(failure) => return Err(failure),
+            // It hands over its ruleset before it executes anything.
+            News::Closed if held.is_empty() => {
+                let ended = "the task's process ended before its command ran";
+                return Err(Failure::new(Step::Fork, 0).note(ended));
+            }
             News::Closed => return Ok(held),
         }
     }

@@ -40,7 +40,6 @@ pub fn spawn(program: &Program<'_>) -> io::Result<(i32, OwnedFd)> {
     let mut argv: Vec<*const c_char> = program.argv.iter().map(|word| word.as_ptr()).collect();
     argv.push(ptr::null());
 
-    // It does system calls only: other threads may hold any lock.
     clone_until_exec(program.namespaces, &|| {
         exec_in_clone(program, file.as_raw_fd(), &sources, &argv)
     })
@@ -54,9 +53,9 @@ const GUARD_BYTES: usize = 64 << 10;
 /// child executes a program or ends. Nothing is copied, neither page tables nor pages. What it returns is its exit status.
 /// Returns the pid and a pidfd.
 ///
-/// `child` leaves the memory as it found it, but for what is atomic. If a signal ends it, the allocator may be halfway through
-/// something.
-pub fn clone_until_exec(
+/// `child` leaves the memory as it found it, but for what is atomic. If this process has other threads, it does system calls only:
+/// they may hold any lock. If a signal ends it, the allocator may be halfway through something.
+pub(crate) fn clone_until_exec(
     namespaces: c_int,
     child: &dyn Fn() -> c_int,
 ) -> io::Result<(i32, OwnedFd)> {

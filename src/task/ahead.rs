@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 
+use super::helper::PATIENCE;
 use super::table::{TaskTable, lock};
 use super::thread::in_thread;
 use super::types::DriverError;
@@ -56,8 +57,15 @@ impl TaskTable {
     /// In a thread of its own, as it waits until the helper is executed.
     pub(super) async fn new_helper(&self) -> Result<Result<Idle, Failure>, DriverError> {
         let tasks = self.clone();
-        in_thread(move || Idle::spawn(tasks.shared.program.as_fd()))
+        let spawned = in_thread(move || Idle::spawn(tasks.shared.program.as_fd()));
+        timeout(PATIENCE, spawned)
             .await
+            .map_err(|_| {
+                DriverError::Transient(format!(
+                    "the helper was not executed within {} s; does the file system of the driver hang?",
+                    PATIENCE.as_secs()
+                ))
+            })?
             .map_err(|error| DriverError::Transient(format!("the helper: {error}")))
     }
 

@@ -20,7 +20,7 @@ use crate::sys;
 use crate::systemd::Scope;
 
 /// How long it may take for one of its halves: paths of a hung NFS server stall it, and must stall nothing else.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 /// How long one that nobody waits for may take to end by itself.
 const BY_ITSELF: Duration = Duration::from_millis(500);
 /// How long a killed one may take to end before the start goes on without it; it is reaped whenever it does.
@@ -63,7 +63,7 @@ impl Helper {
         match timeout(PATIENCE, heard).await {
             Ok(Ok(Some(message))) => Ok(message),
             Ok(Ok(None)) => Err(DriverError::Transient(
-                "the helper ended before the command was executed; was it killed?".into(),
+                "the helper ended before the command was executed; was it killed, or is the task's memory limit too low?".into(),
             )),
             Ok(Err(error)) => Err(failed(error)),
             Err(_) => Err(DriverError::Transient(format!(

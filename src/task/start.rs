@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Semaphore, watch};
+use tracing::debug;
 
 use super::cpus;
 use super::denials::Asked;
@@ -97,6 +98,7 @@ impl TaskTable {
                 })
             }
             Err(error) => {
+                self.prepare_helper();
                 let unit = UnitName::of_task(id.as_str());
                 // The paths in it are a job's.
                 let sentence = one_line(&error.to_string(), ERROR_BYTES);
@@ -264,7 +266,12 @@ impl TaskTable {
                 })
         };
         // One that was killed meanwhile is none.
-        let ahead = self.idle_helper().and_then(|idle| give(idle).ok());
+        let ahead = self.idle_helper().and_then(|idle| {
+            let given = give(idle);
+            given
+                .inspect_err(|failure| debug!("the helper ahead: {failure}"))
+                .ok()
+        });
         let parked = match ahead {
             Some(parked) => Ok(parked),
             None => self.new_helper().await?.and_then(give),

@@ -19,7 +19,10 @@ pub(super) async fn in_thread<T: Send + 'static>(
             // Whoever asked may have lost patience.
             let _ = tell.send(work());
         })
-        .map_err(|error| io::Error::new(error.kind(), format!("{error} ({NO_PROCESS})")))?;
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EAGAIN) => io::Error::new(error.kind(), format!("{error} ({NO_PROCESS})")),
+            _ => error,
+        })?;
     told.await
         .map_err(|_| io::Error::other("a thread ended before its work was done"))
 }
