@@ -180,10 +180,9 @@ fn enter(control: OwnedFd, (mut prepared, page): (Prepared, SharedPage)) -> ! {
                 kept,
             } = prepared;
             // What is not dropped here stays open, and in memory, for as long as the task runs.
-            drop((order, root, rules, command));
+            drop((host_proc, order, root, rules, command));
             let watch = Watch {
                 child,
-                host_proc,
                 memory,
                 page,
                 order: kept,

@@ -39,7 +39,6 @@ pub(super) struct Child {
 #[derive(Debug)]
 pub(super) struct Watch {
     pub child: Child,
-    pub host_proc: OwnedFd,
     pub memory: Memory,
     pub page: SharedPage,
     /// Held for sessions, which are to be what the task is.
@@ -94,7 +93,7 @@ pub(super) fn run(control: OwnedFd, mut watch: Watch) -> ! {
     let main = main(&watch.child);
     let Child { pidfd, channel, .. } = watch.child;
     let started = withdraw().and_then(|()| follow(&channel));
-    drop((channel, watch.host_proc));
+    drop(channel);
     // For sessions, as long as the task runs.
     let _order = watch.order;
     // Landlock rules below /proc die with their inodes, which these descriptors hold.
