@@ -8,9 +8,10 @@ use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tokio::time::sleep;
 use tracing::warn;
 
 use super::ahead::{Ahead, Helpers};
@@ -113,6 +114,9 @@ pub(super) struct Ended {
     pub(super) result: ExitResult,
     pub(super) at: SystemTime,
 }
+
+/// From the last task to giving back what it and the others took: by then the calls about them have ended, too.
+const GIVE_BACK: Duration = Duration::from_secs(2);
 
 impl TaskTable {
     /// No task yet, and no configuration. Opens our own image, as it is now.
@@ -262,7 +266,14 @@ impl TaskTable {
             table.remove(id);
         }
         if table.is_empty() {
-            sys::trim_heap();
+            table.shrink_to_fit();
+            let tasks = self.clone();
+            tokio::spawn(async move {
+                sleep(GIVE_BACK).await;
+                if lock(&tasks.shared.table).is_empty() {
+                    sys::trim_heap();
+                }
+            });
         }
     }
 }

@@ -216,6 +216,17 @@ fn a_list_is_not_pruned_by_what_differs_anyway(context: &Context) -> Result<()> 
         "{told}"
     );
     ensure!(found.contains(&format!("r:{at}/optional")), "{told}");
+    // What it leaves behind makes the second run with everything unveiled another, and the one with the list prints what differs anyway.
+    let (found, told) = said(&format!(
+        "cat {at}/optional; cd {at}; date +%N; test ! -e 2 || exit 5; test ! -e 1 || touch 2; touch 1"
+    ))?;
+    ensure!(
+        told.contains(
+            "with everything unveiled the command comes to exit code 0 the first time, and to exit code 5 the second"
+        ),
+        "{told}"
+    );
+    ensure!(found.contains(&format!("r:{at}/optional")), "{told}");
     Ok(())
 }
 

@@ -133,13 +133,12 @@ pub async fn learn(
         }
         let pruning = prune::Pruning::new(&subject, &attended, took, options.probe.as_deref());
         // What was learned is not lost with an attempt that cannot be made.
-        let pruned = pruning.prune(entries.clone(), stops).await;
-        if let Some(pruned) = pruned.unwrap_or_else(|error| {
-            say(format!("--prune: {error}; the list is as it was learned"));
-            None
-        }) {
-            entries = pruned;
-            comment = "// without any letter of it the command ends otherwise";
+        match pruning.prune(entries.clone(), stops).await {
+            Ok(pruned) => {
+                entries = pruned;
+                comment = "// without any letter of it the command ends otherwise";
+            }
+            Err(prune::Unpruned(why)) => say(why),
         }
     }
     target.write(&hcl(comment, &entries))?;

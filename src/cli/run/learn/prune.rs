@@ -62,8 +62,16 @@ enum Shown {
     End(End, u64),
     /// As without "x" on the command itself.
     NotStarted(String),
-    /// The person at the terminal wants an end.
-    Stopped,
+}
+
+/// Why a list is left as it was learned, in a sentence.
+#[derive(Debug)]
+pub struct Unpruned(pub String);
+
+impl From<RunError> for Unpruned {
+    fn from(error: RunError) -> Self {
+        Self(format!("--prune: {error}; the list is as it was learned"))
+    }
 }
 
 impl<'a> Pruning<'a> {
@@ -82,127 +90,138 @@ impl<'a> Pruning<'a> {
         }
     }
 
-    /// The list without what is not needed; `None` if that cannot be told.
+    /// The list without what is not needed.
     pub async fn prune(
         &self,
         mut entries: Vec<Entry>,
         stops: &mut Stops,
-    ) -> Result<Option<Vec<Entry>>, RunError> {
-        const STOPPED: &str = "stopped before all was tried: the list is not pruned";
-        let is_same_output = match self.with(&entries, stops).await? {
-            Shown::End(end, printed) if end == self.wanted => printed == self.printed,
-            Shown::NotStarted(why) => {
-                say(format_args!(
-                    "with this list the command does not start: {why}; it is not pruned"
-                ));
-                return Ok(None);
-            }
-            Shown::End(end, _) => {
-                say(format_args!(
-                    "with this list the command comes to {}, and to {} with everything unveiled: it is not pruned. Can the command be run twice?",
-                    end.described(),
-                    self.wanted.described()
-                ));
-                return Ok(None);
-            }
-            Shown::Stopped => {
-                say(STOPPED);
-                return Ok(None);
-            }
-        };
-        // A server that was stopped is judged by its probe.
-        let compares_output = is_same_output && self.wanted != End::Works;
-        if !is_same_output && self.wanted != End::Works {
-            match self.attempt(Unveil::Everything, stops).await? {
-                Shown::Stopped => {
-                    say(STOPPED);
-                    return Ok(None);
-                }
-                Shown::End(end, printed) if end == self.wanted && printed == self.printed => {
-                    say(
-                        "with this list the command prints something else than with everything unveiled: the list lacks something, and is not pruned",
-                    );
-                    return Ok(None);
-                }
-                Shown::End(..) | Shown::NotStarted(_) => say(
-                    "the command prints something else each time: only its exit status is compared",
-                ),
-            }
-        }
-        let is_same = |end: End, printed: u64| {
-            end == self.wanted && (!compares_output || printed == self.printed)
-        };
+    ) -> Result<Vec<Entry>, Unpruned> {
+        let compares_output = self.compares_output(&entries, stops).await?;
         let mut left_out = Vec::new();
         let mut at = 0;
         while at < entries.len() {
-            let entry = entries[at].clone();
             let mut fewer = entries.clone();
-            fewer.remove(at);
-            match self.with(&fewer, stops).await? {
-                Shown::End(end, printed) if is_same(end, printed) => {
-                    left_out.push(entry);
-                    entries = fewer;
-                    continue;
-                }
-                Shown::End(..) | Shown::NotStarted(_) => {}
-                Shown::Stopped => {
-                    say(STOPPED);
-                    return Ok(None);
-                }
+            let entry = fewer.remove(at);
+            if self.suffices(&fewer, compares_output, stops).await? {
+                left_out.push(entry);
+                entries = fewer;
+                continue;
             }
             let mode = entry.access.to_string();
-            for letter in mode.chars().filter(|_| mode.len() > 1) {
-                let less = entries[at].access.without(letters(&letter.to_string()));
-                if less.is_none() {
-                    continue;
-                }
+            for letter in mode.chars() {
                 let mut fewer = entries.clone();
-                fewer[at].access = less;
-                match self.with(&fewer, stops).await? {
-                    Shown::End(end, printed) if is_same(end, printed) => entries = fewer,
-                    Shown::End(..) | Shown::NotStarted(_) => {}
-                    Shown::Stopped => {
-                        say(STOPPED);
-                        return Ok(None);
-                    }
+                fewer[at].access = fewer[at].access.without(letters(&letter.to_string()));
+                // All of it has been tried.
+                if !fewer[at].access.is_none()
+                    && self.suffices(&fewer, compares_output, stops).await?
+                {
+                    entries = fewer;
                 }
             }
             at += 1;
         }
-        if !left_out.is_empty() {
-            let named = left_out.iter().take(MOST_NAMED).map(Entry::to_string);
-            let named: Vec<String> = named.collect();
-            let more = match left_out.len().saturating_sub(MOST_NAMED) {
-                0 => String::new(),
-                more => format!(", and {more} more"),
-            };
-            say(format_args!(
-                "left out, as the command comes to {} without: {}{more}",
-                self.wanted.described(),
-                named.join(", ")
-            ));
-        }
-        Ok(Some(entries))
+        self.name(&left_out);
+        Ok(entries)
     }
 
-    async fn with(&self, entries: &[Entry], stops: &mut Stops) -> Result<Shown, RunError> {
+    /// Whether two runs with the same rules print the same. Fails where an end that differs would tell nothing of an entry.
+    async fn compares_output(
+        &self,
+        entries: &[Entry],
+        stops: &mut Stops,
+    ) -> Result<bool, Unpruned> {
+        let unpruned = |why: String| Err(Unpruned(why));
+        match self.with(entries, stops).await? {
+            Shown::NotStarted(why) => {
+                return unpruned(format!(
+                    "with this list the command does not start: {why}; it is not pruned"
+                ));
+            }
+            Shown::End(end, _) if end != self.wanted => {
+                return unpruned(format!(
+                    "with this list the command comes to {}, and to {} with everything unveiled: it is not pruned. Can the command be run twice?",
+                    end.described(),
+                    self.wanted.described()
+                ));
+            }
+            // A server that was stopped is judged by its probe.
+            Shown::End(End::Works, _) => return Ok(false),
+            Shown::End(_, printed) if printed == self.printed => return Ok(true),
+            Shown::End(..) => {}
+        }
+        match self.attempt(Unveil::Everything, stops).await? {
+            Shown::NotStarted(why) => unpruned(format!(
+                "the command does not start a second time with everything unveiled: {why}; the list is not pruned"
+            )),
+            Shown::End(end, _) if end != self.wanted => unpruned(format!(
+                "with everything unveiled the command comes to {} the first time, and to {} the second: the list is not pruned",
+                self.wanted.described(),
+                end.described()
+            )),
+            Shown::End(_, printed) if printed == self.printed => unpruned(
+                "with this list the command prints something else than with everything unveiled: the list lacks something, and is not pruned".into(),
+            ),
+            Shown::End(..) => {
+                say("the command prints something else each time: only its exit status is compared");
+                Ok(false)
+            }
+        }
+    }
+
+    fn name(&self, left_out: &[Entry]) {
+        if left_out.is_empty() {
+            return;
+        }
+        let named: Vec<String> = left_out
+            .iter()
+            .take(MOST_NAMED)
+            .map(Entry::to_string)
+            .collect();
+        let more = match left_out.len().saturating_sub(MOST_NAMED) {
+            0 => String::new(),
+            more => format!(", and {more} more"),
+        };
+        say(format_args!(
+            "left out, as the command comes to {} without: {}{more}",
+            self.wanted.described(),
+            named.join(", ")
+        ));
+    }
+
+    async fn suffices(
+        &self,
+        entries: &[Entry],
+        compares_output: bool,
+        stops: &mut Stops,
+    ) -> Result<bool, Unpruned> {
+        Ok(match self.with(entries, stops).await? {
+            Shown::End(end, printed) => {
+                end == self.wanted && (!compares_output || printed == self.printed)
+            }
+            Shown::NotStarted(_) => false,
+        })
+    }
+
+    async fn with(&self, entries: &[Entry], stops: &mut Stops) -> Result<Shown, Unpruned> {
         let list: Vec<String> = entries.iter().map(Entry::to_string).collect();
         self.attempt(Unveil::Only(&list), stops).await
     }
 
-    async fn attempt(&self, unveil: Unveil<'_>, stops: &mut Stops) -> Result<Shown, RunError> {
+    async fn attempt(&self, unveil: Unveil<'_>, stops: &mut Stops) -> Result<Shown, Unpruned> {
         let attendance = Attendance {
             output: Copies::Dropped,
             tracing: None,
             probe: self.probe,
             limit: Some(self.limit),
         };
-        let attempt = self.subject.once(unveil, attendance, stops);
-        match attempt.await {
-            Ok(attended) if attended.by == By::Person => Ok(Shown::Stopped),
+        match self.subject.once(unveil, attendance, stops).await {
+            // The person at the terminal wants an end.
+            Ok(attended) if attended.by == By::Person => Err(Unpruned(
+                "stopped before all was tried: the list is not pruned".into(),
+            )),
             Ok(attended) => Ok(Shown::End(End::of(&attended), attended.printed)),
             Err(RunError::Task(why)) => Ok(Shown::NotStarted(why.to_string())),
-            Err(error) => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 }

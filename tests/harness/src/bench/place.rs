@@ -3,13 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use nomad_driver_exec2::job::request::{new_alloc_id, new_task_id};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
+use tokio::time::timeout;
 
 use super::STAMP;
 use super::kernel::Cgroup;
 use super::raw::Who;
+use super::subject::PATIENCE;
 use crate::nomad::proto::driver::TaskConfig;
 use crate::nomad::{Agent, Allocation};
 
@@ -27,7 +31,7 @@ impl Job {
     pub const STAMP: Job = Job {
         command: STAMP,
         args: &[],
-        cpu_mhz: 5_000,
+        cpu_mhz: 3_200,
         memory_mib: 32,
     };
     /// Ends at once.
@@ -69,11 +73,14 @@ impl Place {
         let task = alloc.only_task()?;
         task.stop().await?;
         let config = task.handle().and_then(|handle| handle.config);
-        let config = config.context("a handle has its configuration")?;
+        let mut config = config.context("a handle has its configuration")?;
+        // What another driver has not ended yet holds the first task's, and so does who collects its logs.
+        let stdout = new_pipe(&mut config.stdout_path)?;
+        let stderr = new_pipe(&mut config.stderr_path)?;
         Ok(Place {
             who,
-            stdout: reader(&config.stdout_path)?,
-            _stderr: reader(&config.stderr_path)?,
+            stdout,
+            _stderr: stderr,
             config,
             alloc,
         })
@@ -111,7 +118,9 @@ impl Place {
     /// The next moment that a task of this place has told.
     pub async fn moment_nanos(&mut self) -> Result<u64> {
         let mut moment = [0; 8];
-        self.stdout.read_exact(&mut moment).await?;
+        timeout(PATIENCE, self.stdout.read_exact(&mut moment))
+            .await
+            .with_context(|| format!("{:?}: the command tells no moment", self.who))??;
         Ok(u64::from_le_bytes(moment))
     }
 
@@ -129,12 +138,14 @@ impl Asked {
     }
 }
 
-/// Open for writing too, so that it has no end between two tasks.
-fn reader(fifo: &str) -> Result<pipe::Receiver> {
+/// Beside Nomad's, and with a name like its. Open for writing too, so that it has no end between two tasks.
+fn new_pipe(path: &mut String) -> Result<pipe::Receiver> {
+    *path = path.replace(".fifo", ".bench.fifo");
+    mkfifo(path.as_str(), Mode::S_IRUSR | Mode::S_IWUSR).with_context(|| path.clone())?;
     pipe::OpenOptions::new()
         .read_write(true)
-        .open_receiver(fifo)
-        .with_context(|| fifo.to_owned())
+        .open_receiver(&*path)
+        .with_context(|| path.clone())
 }
 
 /// By the rule that operators are told: `exec2-<task>-<8 of the alloc's id>-<8 of the start's>.scope`.

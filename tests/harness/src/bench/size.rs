@@ -98,7 +98,7 @@ impl Size {
             (Asked::Quick, Controllers::All) => Size {
                 rounds: 10,
                 limits_mhz: LIMITS_MHZ.to_vec(),
-                limited_rounds: 4,
+                limited_rounds: 2,
                 crowds: vec![0, 1, 20],
                 crowd_rounds: 4,
                 idle_sec: 10,
@@ -120,7 +120,7 @@ impl Size {
             (Asked::Full, Controllers::All) => Size {
                 rounds: 40,
                 limits_mhz: LIMITS_MHZ.to_vec(),
-                limited_rounds: 12,
+                limited_rounds: 5,
                 crowds: vec![0, 1, 50],
                 crowd_rounds: 10,
                 idle_sec: 30,

@@ -14,12 +14,12 @@ use super::raw::Who;
 use crate::nomad::{Agent, Calls, Config};
 
 /// A start that takes longer hangs: an emulated machine under load needs half a minute for fifty at once.
-const PATIENCE: Duration = Duration::from_secs(300);
+pub(super) const PATIENCE: Duration = Duration::from_secs(300);
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a driver may still do after the command has begun, before the cgroup's CPU time is read.
 const SETTLE: Duration = Duration::from_millis(20);
-/// Of a node whose `cpu = 100` is 4 ms in 100.
-const CORE_MHZ: u64 = 2_500;
+/// Of a node whose `cpu = 20` is 1.25 ms in 100. HashiCorp's driver starts nothing with less than the kernel's 1 ms.
+const CORE_MHZ: u64 = 1_600;
 
 #[derive(Debug)]
 pub struct Subject {
