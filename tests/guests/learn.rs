@@ -19,6 +19,7 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, what_succeeded_is_listed_and_nothing_else),
     case!(Speed, Ours, a_traced_command_ends_and_prints_as_any),
     case!(Speed, Ours, children_threads_and_vforks_are_seen),
+    case!(Speed, Ours, a_pipe_for_a_program_does_not_hold_the_tracer),
     case!(Speed, Ours, pruning_leaves_what_is_needed),
     case!(Speed, Ours, a_list_is_not_pruned_by_what_differs_anyway),
     case!(Speed, Ours, a_job_files_task_is_learned_from),
@@ -145,9 +146,18 @@ fn a_traced_command_ends_and_prints_as_any(context: &Context) -> Result<()> {
     let option = format!("--learn={}", file.display());
     let output = run(context, &[&option], &["cat", "/etc/passwd"])?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    let written = fs::read_to_string(file)?;
+    let written = fs::read_to_string(&file)?;
     ensure!(written.contains("\"r:/etc/passwd\",\n"), "{written}");
     ensure!(!said.contains("r:/etc/passwd"), "{said}");
+    let refused = run(context, &[&option, "--user", "nobody-there"], &["true"])?;
+    ensure!(refused.status.code() == Some(125), "{refused:?}");
+    ensure!(fs::read_to_string(&file)? == written);
+    run(context, &[&option], &["true"])?;
+    let shorter = fs::read_to_string(&file)?;
+    ensure!(
+        shorter.ends_with("]\n") && !shorter.contains("/etc/passwd"),
+        "{shorter}"
+    );
     drop(dir);
     let left = ground.left()?;
     ensure!(left.is_empty(), "{left:?}");
@@ -169,6 +179,11 @@ fn children_threads_and_vforks_are_seen(context: &Context) -> Result<()> {
     let found = learn_sh(context, &script)?;
     ensure!(found.contains(&format!("r:{at}/in")), "{found:?}");
     Ok(())
+}
+
+fn a_pipe_for_a_program_does_not_hold_the_tracer(context: &Context) -> Result<()> {
+    let script = "mkfifo -m 755 /tmp/f; /tmp/f; [ $? = 126 ]";
+    learn_sh(context, script).map(drop)
 }
 
 fn pruning_leaves_what_is_needed(context: &Context) -> Result<()> {

@@ -34,11 +34,20 @@ fn program() -> OwnedFd {
 }
 
 impl Session {
-    /// Without a cgroup of its own: what it is told to write to is nothing.
     fn open(
         task: &Task<'_>,
         command: &[&str],
         terminal: Option<WindowSize>,
+    ) -> Result<Session, Failure> {
+        Session::open_with(task, command, terminal, |_| {})
+    }
+
+    /// Without a cgroup of its own: what it is told to write to is nothing.
+    fn open_with(
+        task: &Task<'_>,
+        command: &[&str],
+        terminal: Option<WindowSize>,
+        change: impl FnOnce(&mut [OwnedFd; 3]),
     ) -> Result<Session, Failure> {
         let null = File::options().write(true).open("/dev/null").unwrap();
         let pipe = || nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
@@ -55,9 +64,9 @@ impl Session {
             args: command[1..].iter().map(ToString::to_string).collect(),
             terminal,
         };
-        let stdio = terminal
-            .is_none()
-            .then_some([their_input, theirs, their_errors]);
+        let mut stdio = [their_input, theirs, their_errors];
+        change(&mut stdio);
+        let stdio = terminal.is_none().then_some(stdio);
         let helper = session::spawn(program().as_fd(), &entrance, &order, stdio)?;
         let mut session = Session {
             helper: Supervisor {
@@ -214,6 +223,22 @@ fn a_session_is_what_the_task_is() {
         // The helper is outside of all of it.
         let helper = proc(session.helper.pid, "status");
         assert_eq!(field(&helper, "NSpid"), session.helper.pid.to_string());
+    }
+}
+
+/// Root in the task could change the file of another descriptor.
+#[test]
+fn a_session_is_handed_nothing_but_pipes() {
+    let stage = Stage::new();
+    let task = stage.start(&stage.idle().as_root()).unwrap();
+    for number in 0..3 {
+        let null = File::options().read(true).write(true).open("/dev/null");
+        let null = OwnedFd::from(null.unwrap());
+        let change = |stdio: &mut [OwnedFd; 3]| stdio[number] = null;
+        let failure = Session::open_with(&task, &["true"], None, change)
+            .err()
+            .unwrap();
+        assert!(failure.to_string().contains("is no pipe"), "{failure}");
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::sched::{CloneFlags, setns};
-use rustix::fs::{Gid, Mode, OFlags, Uid, fchmod, fchown, fstatfs};
+use rustix::fs::{FileType, Gid, Mode, OFlags, Uid, fchmod, fchown, fstat, fstatfs};
 use rustix::process::{ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
@@ -135,15 +135,16 @@ fn terminal(size: WindowSize, task: &Identity) -> Result<OwnedFd, Failure> {
     Ok(master)
 }
 
-/// Pipes as the standard descriptors, the task's own, so that it can open them again as /dev/stdout.
+/// Pipes as the standard descriptors, the task's own, so that it can open them again as /dev/stdout. A descriptor of a file of the host
+/// would let root in the task change that, past its view and its rules.
 fn hand_over(stdio: &[OwnedFd; 3], task: &Identity) -> Result<(), Failure> {
     for pipe in stdio {
-        let is_pipe =
-            rustix::fs::fstat(pipe).at(Step::Session)?.st_mode & libc::S_IFMT == libc::S_IFIFO;
-        if is_pipe {
-            let (user, group) = (Uid::from_raw(task.uid), Gid::from_raw(task.gid));
-            fchown(pipe, Some(user), Some(group)).at(Step::Session)?;
+        let mode = fstat(pipe).at(Step::Session)?.st_mode;
+        if FileType::from_raw_mode(mode) != FileType::Fifo {
+            return Err(Failure::new(Step::Session, 0).note("a stream of it is no pipe"));
         }
+        let (user, group) = (Uid::from_raw(task.uid), Gid::from_raw(task.gid));
+        fchown(pipe, Some(user), Some(group)).at(Step::Session)?;
     }
     let [input, output, errors] = stdio;
     install([input, output, errors])

@@ -4,7 +4,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags, open};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::{LocalModes, SpecialCodeIndex, Winsize, tcgetattr, tcsetwinsize};
 use tokio::net::unix::pipe::{Receiver, Sender};
@@ -46,7 +45,8 @@ pub(super) fn pipes(streams: Streams) -> io::Result<(Option<[OwnedFd; 3]>, OurEn
     match streams {
         Streams::Terminal(_) => Ok((None, OurEnds::default())),
         Streams::Merged => {
-            let nothing = open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+            // At its end from the begin. Not /dev/null: root in the task could change the host's through a descriptor of it.
+            let (nothing, _) = pipe()?;
             let both = theirs.try_clone()?;
             Ok((Some([nothing, theirs, both]), ours))
         }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use rustix::fs::{Mode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, openat2};
 
 use super::calls::Named;
 
@@ -165,6 +165,9 @@ impl Thread {
 
 /// What `#!` in the first line names.
 fn interpreter(object: &OwnedFd) -> Option<PathBuf> {
+    // To open another kind may do something, or wait, in the tracer.
+    let mode = rustix::fs::fstat(object).ok()?.st_mode;
+    (FileType::from_raw_mode(mode) == FileType::RegularFile).then_some(())?;
     let mut line = Vec::new();
     fs::File::open(format!("/proc/self/fd/{}", object.as_raw_fd()))
         .ok()?

@@ -59,14 +59,15 @@ pub enum Target {
 }
 
 impl Learn {
-    /// The list's file, before anything is run.
+    /// The list's file, before anything is run. An earlier list stays in it until there is a new one.
     pub fn list(&self) -> Result<Option<Target>, RunError> {
         let path = match &self.learn {
             None => return Ok(None),
             Some(None) => return Ok(Some(Target::Stderr)),
             Some(Some(path)) => path.clone(),
         };
-        match File::create(&path) {
+        let mut options = File::options();
+        match options.write(true).create(true).truncate(false).open(&path) {
             Ok(file) => Ok(Some(Target::File(path, file))),
             Err(error) => Err(RunError::List { path, error }),
         }
@@ -81,9 +82,12 @@ impl Target {
                 let _ = io::stderr().write_all(text.as_bytes());
                 Ok(())
             }
-            Target::File(path, mut file) => file
-                .write_all(text.as_bytes())
-                .map_err(|error| RunError::List { path, error }),
+            Target::File(path, mut file) => {
+                let is_file = file.metadata().is_ok_and(|about| about.is_file());
+                let cut = if is_file { file.set_len(0) } else { Ok(()) };
+                cut.and_then(|()| file.write_all(text.as_bytes()))
+                    .map_err(|error| RunError::List { path, error })
+            }
         }
     }
 }
