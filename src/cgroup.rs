@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Where systemd mounts the unified hierarchy.
@@ -189,16 +190,16 @@ impl Cgroup {
         }
     }
 
-    pub fn memory(&self) -> Memory {
-        let stat = self.read("memory.stat").unwrap_or_default();
-        Memory {
-            usage_bytes: self.number("memory.current"),
-            swap_bytes: self.number("memory.swap.current"),
-            peak_bytes: self.memory_peak_bytes(),
-            anon_bytes: field(&stat, "anon"),
-            file_bytes: field(&stat, "file"),
-            kernel_bytes: field(&stat, "kernel"),
-        }
+    /// `None` once the cgroup is gone.
+    pub fn gauges(&self) -> Option<Gauges> {
+        let open = |file| fs::File::open(self.path.join(file)).ok();
+        Some(Gauges {
+            cpu_stat: open("cpu.stat")?,
+            memory_current: open("memory.current"),
+            memory_swap: open("memory.swap.current"),
+            memory_peak: open("memory.peak"),
+            memory_stat: open("memory.stat"),
+        })
     }
 
     /// Processes in it and below it that the OOM killer ended; `None` without the controller, and once the cgroup is gone.
@@ -209,19 +210,6 @@ impl Cgroup {
     /// Highest memory use (memory.peak, Linux 5.19).
     pub fn memory_peak_bytes(&self) -> Option<u64> {
         self.number("memory.peak")
-    }
-
-    /// `None` once the cgroup is gone.
-    pub fn cpu(&self) -> Option<Cpu> {
-        let stat = self.read("cpu.stat").ok()?;
-        Some(Cpu {
-            usage_usec: field(&stat, "usage_usec")?,
-            user_usec: field(&stat, "user_usec")?,
-            system_usec: field(&stat, "system_usec")?,
-            periods: field(&stat, "nr_periods"),
-            throttled_periods: field(&stat, "nr_throttled"),
-            throttled_usec: field(&stat, "throttled_usec"),
-        })
     }
 
     /// The hard limit in force; `Some(None)` is no limit, `None` is no such file.
@@ -276,6 +264,53 @@ impl Cgroup {
     }
 }
 
+/// The files of what a cgroup uses, kept open by who reads them again and again: to open one takes the kernel longer than to
+/// read it.
+#[derive(Debug)]
+pub struct Gauges {
+    cpu_stat: fs::File,
+    memory_current: Option<fs::File>,
+    memory_swap: Option<fs::File>,
+    memory_peak: Option<fs::File>,
+    memory_stat: Option<fs::File>,
+}
+
+impl Gauges {
+    /// `None` once the cgroup is gone.
+    pub fn cpu(&self) -> Option<Cpu> {
+        let stat = now(&self.cpu_stat)?;
+        Some(Cpu {
+            usage_usec: field(&stat, "usage_usec")?,
+            user_usec: field(&stat, "user_usec")?,
+            system_usec: field(&stat, "system_usec")?,
+            periods: field(&stat, "nr_periods"),
+            throttled_periods: field(&stat, "nr_throttled"),
+            throttled_usec: field(&stat, "throttled_usec"),
+        })
+    }
+
+    pub fn memory(&self) -> Memory {
+        let number = |file: &Option<fs::File>| now(file.as_ref()?)?.trim().parse().ok();
+        let stat = self.memory_stat.as_ref().and_then(now).unwrap_or_default();
+        Memory {
+            usage_bytes: number(&self.memory_current),
+            swap_bytes: number(&self.memory_swap),
+            peak_bytes: number(&self.memory_peak),
+            anon_bytes: field(&stat, "anon"),
+            file_bytes: field(&stat, "file"),
+            kernel_bytes: field(&stat, "kernel"),
+        }
+    }
+}
+
+/// What a file of a cgroup says now. Of memory.stat, which may be longer, the first lines are wanted.
+fn now(file: &fs::File) -> Option<String> {
+    let mut text = vec![0; 4096];
+    let length = file.read_at(&mut text, 0).ok()?;
+    text.truncate(length);
+    String::from_utf8(text).ok()
+}
+
 /// The v2 path in the text of /proc/PID/cgroup.
 pub fn unified(text: &str) -> Option<&str> {
     text.lines().find_map(|line| line.strip_prefix("0::"))
@@ -328,13 +363,16 @@ mod tests {
         .unwrap();
         fs::write(dir.path().join("cpu.max"), "25000 100000\n").unwrap();
         fs::write(dir.path().join("memory.max"), "max\n").unwrap();
-        let memory = cgroup.memory();
+        let gauges = cgroup.gauges().unwrap();
+        let memory = gauges.memory();
         assert_eq!(
             (memory.usage_bytes, memory.anon_bytes, memory.peak_bytes),
             (Some(4096), Some(1), None)
         );
-        assert_eq!(cgroup.cpu().unwrap().user_usec, 6);
-        assert_eq!(cgroup.cpu().unwrap().throttled_periods, None);
+        let cpu = gauges.cpu().unwrap();
+        assert_eq!((cpu.user_usec, cpu.throttled_periods), (6, None));
+        fs::write(dir.path().join("memory.current"), "8192\n").unwrap();
+        assert_eq!(gauges.memory().usage_bytes, Some(8192));
         assert_eq!(cgroup.cpu_quota_usec_per_sec(), Some(Some(250_000)));
         assert_eq!(cgroup.memory_max_bytes(), Some(None));
     }
@@ -344,6 +382,6 @@ mod tests {
         let cgroup = Cgroup::at("/exec2.slice/never-there.scope");
         assert!(!cgroup.is_populated().unwrap());
         cgroup.kill().unwrap();
-        assert_eq!(cgroup.cpu(), None);
+        assert!(cgroup.gauges().is_none());
     }
 }

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use semver::{Version, VersionReq};
 use serde_json::Value;
 
 fn root() -> &'static Path {
@@ -143,4 +144,71 @@ fn no_crate_comes_in_two_versions_but_for_those_of_deny_toml() {
     }
     versions.retain(|_, known| known.len() > 1);
     assert!(versions.is_empty(), "{versions:?}");
+}
+
+/// A line of tests/advisories.txt.
+struct Advisory<'a> {
+    id: &'a str,
+    package: &'a str,
+    /// A hole where it is none of these.
+    kind: &'a str,
+    fine: Vec<VersionReq>,
+}
+
+impl Advisory<'_> {
+    fn affects(&self, version: &str) -> bool {
+        let version = Version::parse(version).unwrap();
+        !self.fine.iter().any(|range| range.matches(&version))
+    }
+}
+
+fn advisories(text: &str) -> Vec<Advisory<'_>> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines
+        .map(|line| {
+            let [id, package, kind, fine] = line.split('\t').collect::<Vec<_>>()[..] else {
+                panic!("{line}");
+            };
+            let ranges = fine.split(" | ").filter(|range| !range.is_empty());
+            Advisory {
+                id,
+                package,
+                kind,
+                fine: ranges
+                    .map(|range| VersionReq::parse(range).unwrap())
+                    .collect(),
+            }
+        })
+        .collect()
+}
+
+/// As of the snapshot's day; `make audit` knows of later ones.
+#[test]
+fn no_package_has_an_advisory_of_the_snapshot() {
+    let snapshot = fs::read_to_string(root().join("tests/advisories.txt")).unwrap();
+    let advisories = advisories(&snapshot);
+    assert!(advisories.len() > 900, "{} advisories", advisories.len());
+    let h2 = |version: &str| {
+        let of_h2 = advisories
+            .iter()
+            .filter(|advisory| advisory.package == "h2");
+        of_h2.filter(|advisory| advisory.affects(version)).count()
+    };
+    assert_eq!((h2("0.4.15"), h2("0.4.16")), (1, 0));
+    assert!(
+        advisories
+            .iter()
+            .any(|it| it.kind == "unmaintained" && it.fine.is_empty())
+    );
+
+    let found: Vec<String> = packages()
+        .iter()
+        .flat_map(|package| {
+            let (name, version) = (text(package, "name"), text(package, "version"));
+            let its = advisories.iter().filter(move |it| it.package == name);
+            its.filter(move |it| it.affects(version))
+                .map(move |it| format!("{name} {version}: {} {}", it.id, it.kind))
+        })
+        .collect();
+    assert!(found.is_empty(), "{found:#?}");
 }

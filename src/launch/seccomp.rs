@@ -1,6 +1,7 @@
 //! The system call filter of a task: what Landlock cannot refuse, as it is about no file. A BPF program lets everything pass but the
 //! calls that are named here, by programs of each architecture that the kernel runs. Its answers are those of kernels that lack
-//! what is asked for, or withhold it: programs know them.
+//! what is asked for, or withhold it: programs know them. By hand, as the crate for such filters (seccompiler) makes them for one
+//! architecture, and a host runs programs of two.
 
 use libc::sock_filter;
 

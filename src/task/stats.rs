@@ -8,7 +8,7 @@ use tokio::time::MissedTickBehavior;
 use super::Flow;
 use super::table::TaskTable;
 use super::types::{CpuUsage, MemoryUsage, TaskId, Usage};
-use crate::cgroup::{Cgroup, Cpu};
+use crate::cgroup::{Cpu, Gauges};
 use crate::plan::limits::Compute;
 
 impl TaskTable {
@@ -23,13 +23,16 @@ impl TaskTable {
             let mut ticks = tokio::time::interval(interval.max(Duration::from_millis(100)));
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             let mut before: Option<(Cpu, Instant)> = None;
+            let Some(gauges) = task.cgroup.gauges() else {
+                return;
+            };
             loop {
                 tokio::select! {
                     _ = task.wait() => return,
                     _ = sender.closed() => return,
                     _ = ticks.tick() => {}
                 }
-                let Some((usage, now)) = sample(&task.cgroup, before, compute) else {
+                let Some((usage, now)) = sample(&gauges, before, compute) else {
                     return;
                 };
                 before = Some(now);
@@ -44,13 +47,13 @@ impl TaskTable {
 
 /// One sample, and the counters that the next one is the difference to. `None` once the scope is gone.
 fn sample(
-    cgroup: &Cgroup,
+    gauges: &Gauges,
     before: Option<(Cpu, Instant)>,
     compute: Option<Compute>,
 ) -> Option<(Usage, (Cpu, Instant))> {
-    let cpu = cgroup.cpu()?;
+    let cpu = gauges.cpu()?;
     let now = Instant::now();
-    let memory = cgroup.memory();
+    let memory = gauges.memory();
     let usage = Usage {
         at: SystemTime::now(),
         cpu: cpu_usage(

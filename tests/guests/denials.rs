@@ -345,7 +345,8 @@ fn nothing_is_told_while_nobody_listens(context: &Context) -> Result<()> {
         told(&agent, task, sentence).await?;
         let found = checked(context)?;
         ensure!(
-            found == "kernel audit is on, and what Landlock denies is told",
+            found
+                == "kernel audit is on, and what Landlock denies is told, unless report_denials is false",
             "{found}"
         );
         let node = || {

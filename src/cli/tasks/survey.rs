@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use tokio::time::{sleep, timeout};
 
-use crate::cgroup::{Cgroup, Mark};
+use crate::cgroup::{Cgroup, Gauges, Mark};
 use crate::plan::signal;
 use crate::plan::unit::{self, RESERVE_SLICE, SHARE_SLICE, SLICE, UnitName};
 use crate::record::{self, Exit, Record};
@@ -159,12 +159,13 @@ fn look(unit: &UnitName) -> Option<Task> {
 
 /// What the scope's own files tell.
 fn usage(scope: &Cgroup) -> Task {
-    let cpu = scope.cpu();
+    let gauges = scope.gauges();
+    let cpu = gauges.as_ref().and_then(Gauges::cpu);
     let quota = scope.cpu_quota_usec_per_sec().flatten();
     // Without a quota all are 0, which says nothing.
     let limited = cpu.filter(|_| quota.is_some());
     Task {
-        memory_bytes: scope.memory().usage_bytes,
+        memory_bytes: gauges.and_then(|gauges| gauges.memory().usage_bytes),
         memory_max_bytes: scope.memory_max_bytes().flatten(),
         cpu_usec: cpu.map(|cpu| cpu.usage_usec),
         cpu_quota_usec_per_sec: quota,

@@ -1,5 +1,6 @@
 //! Guests with a real systemd, and a client that does to a driver what Nomad does.
 
+pub mod advisories;
 pub mod bench;
 pub mod demo;
 pub mod guest;

@@ -16,6 +16,7 @@ const USAGE: &str = "usage:
   harness demo GUEST            run two jobs inside, and show what systemd and the kernel make of them
   harness script GUEST SCRIPT   run a script inside and show what it prints
   harness hack GUEST            a shell inside; port 4646 of the guest becomes one of this host
+  harness advisories DIRECTORY  write tests/advisories.txt from a clone of RustSec's advisory-db
   harness pages                 write manual pages and shell completions into packaging/
   harness bench run SIZE DRIVER GUEST...
                                 measures this executable of the driver and, if EXEC2= names one, HashiCorp's; keeps the
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         ["play", driver, nomad] => play(Path::new(driver), Some(Path::new(nomad))),
         ["hack", name] => hack(name),
         ["pages"] => write_pages(),
+        ["advisories", database] => write_advisories(Path::new(database)),
         ["bench", "run", size, driver, guests @ ..] if !guests.is_empty() => {
             bench(size, Path::new(driver), guests)
         }
@@ -100,6 +102,12 @@ fn build(guests: &[&str]) -> Result<()> {
 
 fn demo(name: &str) -> Result<()> {
     run_inside(name, "the demo", PLAY.as_bytes())
+}
+
+fn write_advisories(database: &Path) -> Result<()> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../advisories.txt");
+    let text = harness::advisories::snapshot(database)?;
+    std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn write_pages() -> Result<()> {
