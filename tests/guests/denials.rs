@@ -388,6 +388,7 @@ fn nothing_is_told_while_nobody_listens(context: &Context) -> Result<()> {
 
 fn a_real_agent_shows_what_was_denied(context: &Context) -> Result<()> {
     if !can_be_told() {
+        context.note("nothing is to be seen: this kernel tells of no denials");
         return Ok(());
     }
     context.block_on(async {

@@ -15,15 +15,17 @@ use harness::nomad::proto::driver::{
     ExecTaskRequest, ExecTaskStreamingIoOperation, ExecTaskStreamingRequest,
     ExecTaskStreamingResponse,
 };
+use harness::nomad::real::{Consul, RealAgent, RealConfig, Update};
 use harness::nomad::{Agent, Task};
 use nix::pty::openpty;
+use nomad_driver_exec2::sys;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use crate::case;
-use crate::nomad::{Job, Scope, agent, proc_file, said, status, until};
+use crate::nomad::{Job, Scope, agent, proc_file, quoted, said, status, until};
 
 pub const CASES: &[Case] = &[
     case!(
@@ -45,7 +47,18 @@ pub const CASES: &[Case] = &[
     case!(Both, Ours, a_task_gets_nothing_out_of_sessions_in_it),
     case!(Kernel, Ours, a_session_is_within_the_tasks_memory_limit),
     case!(Speed, Ours, a_session_begins_soon),
+    case!(
+        Everywhere,
+        Ours,
+        a_session_and_its_task_meet_by_paths_and_for_root_not_by_abstract_names
+    ),
     case!(Limits, Agent, a_real_agent_opens_sessions, Minutes),
+    case!(
+        Limits,
+        Agent,
+        a_real_agent_tells_consul_how_script_checks_went,
+        Long
+    ),
 ];
 
 const PATIENCE: Duration = Duration::from_secs(40);
@@ -865,6 +878,57 @@ fn a_task_gets_nothing_out_of_sessions_in_it(context: &Context) -> Result<()> {
     })
 }
 
+/// Listens by an abstract name and by a path, tries the other's, and stays until the other has tried.
+const MEETS: &str = r#"use Socket; $| = 1;
+    my ($own, $other) = @ARGV;
+    sub names { (["abstract", pack("Sa*", AF_UNIX, "\0exec2-meets-$_[0]")], ["path", pack_sockaddr_un("local/$_[0]")]) }
+    sub stream { socket(my $socket, PF_UNIX, SOCK_STREAM, 0) or die $!; $socket }
+    sub mark { open(my $file, ">", "local/$own-$_[0]") or die $! }
+    sub hear { select(undef, undef, undef, 0.1) until -e "local/$other-$_[0]" }
+    my @listeners;
+    for (names($own)) {
+        my $socket = stream();
+        bind($socket, $$_[1]) && listen($socket, 8) or die "$$_[0]: $!";
+        push @listeners, $socket;
+    }
+    mark("listens"); hear("listens");
+    for (names($other)) { print "$$_[0]: ", connect(stream(), $$_[1]) ? "reached" : $!, "\n" }
+    mark("tried"); hear("tried");
+    hear("left") if $own eq "task";"#;
+
+/// Each is in a Landlock domain of its own, and the scope of root's is the domain.
+fn a_session_and_its_task_meet_by_paths_and_for_root_not_by_abstract_names(
+    context: &Context,
+) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        for user in ["root", ""] {
+            let job = Job::command("perl", &["-e", MEETS, "task", "session"]);
+            let job = if user.is_empty() { job } else { job.user(user) };
+            let alloc = agent.run(&job.text()).await?;
+            let task = alloc.only_task()?;
+            let command = ["perl", "-e", MEETS, "session", "task"];
+            let command = command.map(str::to_owned).to_vec();
+            let talk = Talk::open(&agent, &task.id(), command, Terminal::No).await?;
+            let of_session = talk.ends_with(0).await?;
+            fs::write(task.paths().local.join("session-left"), "")?;
+            let exit = task.wait().await?;
+            let of_task = alloc.stdout("t")?;
+            ensure!(exit.success(), "{exit:?}: {}", alloc.stderr("t")?);
+            let is_scoped = user == "root" && sys::landlock_abi() >= Some(6);
+            let found = match is_scoped {
+                true => "Operation not permitted",
+                false => "reached",
+            };
+            let expected = format!("abstract: {found}\npath: reached\n");
+            ensure!(of_session == expected, "session of {user:?}: {of_session}");
+            ensure!(of_task == expected, "task of {user:?}: {of_task}");
+            alloc.stop().await?;
+        }
+        agent.finish().await
+    })
+}
+
 fn a_session_is_within_the_tasks_memory_limit(context: &Context) -> Result<()> {
     context.block_on(async {
         let agent = agent(context).await?;
@@ -1057,6 +1121,115 @@ fn a_real_agent_opens_sessions(context: &Context) -> Result<()> {
         .await?;
         ensure!(seen.starts_with("two") && seen.contains("0::/exec-"), "{seen}");
         agent.stop("case").await?;
+        agent.collect().await?;
+        agent.finish().await
+    })
+}
+
+fn script_check(name: &str, script: &str, interval: &str, timeout: &str) -> String {
+    format!(
+        "check {{\n name = {}\n type = \"script\"\n command = \"/bin/sh\"\n args = [\"-c\", {}]\n interval = \"{interval}\"\n timeout = \"{timeout}\"\n }}",
+        quoted(name),
+        quoted(script)
+    )
+}
+
+/// Processes that come of [`CLINGS`], wherever they are: each has some of its words, as a shell or as a `sleep`.
+fn clinging() -> Result<Vec<u32>> {
+    let entries = fs::read_dir("/proc")?.flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let clings = |pid: &u32| {
+        proc_file(*pid, "cmdline").is_ok_and(|line| line.replace('\0', " ").contains("sleep 70"))
+    };
+    Ok(pids.filter(clings).collect())
+}
+
+fn a_real_agent_tells_consul_how_script_checks_went(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let consul = Consul::start()?;
+        let agent = RealAgent::start(RealConfig {
+            consul: Some(consul.address()),
+            total_compute_mhz: Some(2_000),
+            ..RealConfig::new(context.agent(), context.driver())
+        })
+        .await?;
+        let checks = [
+            script_check("late", CLINGS, "60s", "15s"),
+            script_check("ready", "cat local/ready || exit 2", "10s", "30s"),
+            script_check("warns", "grep ^0: /proc/self/cgroup; exit 1", "20s", "30s"),
+            script_check("fails", "cat /etc/passwd; exit 3", "20s", "30s"),
+        ];
+        let service = format!(
+            "service {{\n name = \"scripted\"\n provider = \"consul\"\n {}\n }}",
+            checks.join("\n ")
+        );
+        let ids = agent.run(&idle().task(&service).text()).await?;
+        let id = ids.first().context("no allocation")?;
+        agent.wait_for(id, &["running"]).await?;
+        let scope = crate::agent::scope_of(id, "t")?;
+
+        let is_up = until("the late script is up", || {
+            (clinging().ok()?.len() >= 5).then_some(())
+        });
+        is_up.await.with_context(|| format!("{consul:?}"))?;
+        let first = async |name: &str| -> Result<Update> {
+            let told = until(name, || consul.updates(name).into_iter().next()).await;
+            told.with_context(|| format!("{consul:?}"))
+        };
+        let late = first("late").await?;
+        ensure!(late.status == "critical", "{late:?}");
+        context.note(format!("a late script: {late:?}"));
+        until("nothing of it is left", || {
+            clinging().ok()?.is_empty().then_some(())
+        })
+        .await?;
+
+        let expect = async |name: &str, status: &str, words: &str| -> Result<()> {
+            let seen = first(name).await?;
+            let is = seen.status == status && seen.output.contains(words);
+            ensure!(is, "{name} is {seen:?}, not {status} with {words:?}");
+            Ok(())
+        };
+        expect("ready", "critical", "No such file or directory").await?;
+        expect("warns", "warning", "0::/exec-").await?;
+        expect("fails", "critical", "Permission denied").await?;
+
+        let command = "echo it is ready >local/ready";
+        let exec = [
+            "alloc", "exec", "-t=false", "-task", "t", id, "/bin/sh", "-c", command,
+        ];
+        let output = nomad(context, &exec, "")?;
+        ensure!(output.status.success(), "{output:?}");
+        until("the check passes", || {
+            (consul.checks().get("ready")? == "passing").then_some(())
+        })
+        .await?;
+        let told = consul.updates("ready");
+        let last = told.last().context("an update")?;
+        ensure!(last.output == "it is ready\n", "{told:?}");
+        for (name, status) in [
+            ("late", "critical"),
+            ("warns", "warning"),
+            ("fails", "critical"),
+        ] {
+            let told = consul.updates(name);
+            ensure!(
+                told.iter().all(|update| update.status == status),
+                "{name}: {told:?}"
+            );
+            ensure!(consul.checks()[name] == status, "{:?}", consul.checks());
+        }
+        ensure!(consul.services() == ["scripted"], "{:?}", consul.services());
+        context.note(format!("answered with 404: {:?}", consul.unknown()));
+
+        agent.stop("case").await?;
+        until("the service is gone from Consul", || {
+            (consul.services().is_empty() && consul.checks().is_empty()).then_some(())
+        })
+        .await?;
+        no_session_is_left(&scope).await?;
+        ensure!(clinging()?.is_empty(), "{:?}", clinging()?);
+        until("the scope is gone", || scope.expect_gone().ok()).await?;
         agent.collect().await?;
         agent.finish().await
     })

@@ -90,7 +90,7 @@ impl Job {
 }
 
 /// As HCL wants a string; nothing in it is interpolated.
-fn quoted(text: &str) -> String {
+pub fn quoted(text: &str) -> String {
     serde_json::Value::from(text)
         .to_string()
         .replace("${", "$${")

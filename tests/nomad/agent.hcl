@@ -40,10 +40,12 @@ client {
   @CLIENT@
 
   options = {
-    "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean,consul,vault"
+    "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean,@DENIED@vault"
     "driver.allowlist"     = "exec2"
   }
 }
+
+@CONSUL@
 
 telemetry {
   publish_allocation_metrics = true # or TaskStats is never called

@@ -1,5 +1,6 @@
 //! A real `nomad` agent with our plugin, driven and read from outside through its API. Root only; meant for a guest.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -10,10 +11,12 @@ use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 use tokio::time::sleep;
 
+mod consul;
 mod http;
 mod jobs;
 mod setup;
 
+pub use consul::{Consul, Update};
 pub use jobs::Event;
 
 use http::Api;
@@ -46,6 +49,8 @@ pub struct RealConfig {
     pub total_compute_mhz: Option<u64>,
     /// Further lines of the `client` block.
     pub client: String,
+    /// Where Consul's agent is, which most have no need of.
+    pub consul: Option<SocketAddr>,
     /// Variables of the agent's environment, which the plugin inherits.
     pub env: Vec<(String, String)>,
 }
@@ -63,6 +68,7 @@ impl RealConfig {
             port: 4646,
             total_compute_mhz: None,
             client: String::new(),
+            consul: None,
             env: Vec::new(),
         }
     }

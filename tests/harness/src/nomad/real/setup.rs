@@ -1,5 +1,6 @@
 //! The configuration of a real agent, from the template that stands beside the jobs, and its unit. Reads the machine's routes.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::Result;
@@ -24,6 +25,11 @@ pub(super) fn agent_hcl(config: &RealConfig, data: &Path) -> Result<String> {
         Some(dir) => (dir.clone(), dir.join("plugins")),
         None => (data.join("data"), data.join("plugins")),
     };
+    // Without one the agent would look for Consul at its usual address again and again.
+    let (denied, consul) = match &config.consul {
+        Some(address) => ("", consul_block(*address)),
+        None => ("consul,", String::new()),
+    };
     let filled = TEMPLATE
         .replace("@DATA@", &data.to_string_lossy())
         .replace("@PLUGINS@", &plugins.to_string_lossy())
@@ -33,9 +39,18 @@ pub(super) fn agent_hcl(config: &RealConfig, data: &Path) -> Result<String> {
         .replace("@INTERFACE@", &interface())
         .replace("@COMPUTE@", &compute)
         .replace("@CLIENT@", &config.client)
+        .replace("@DENIED@", denied)
+        .replace("@CONSUL@", &consul)
         .replace("@ARGS@", &args.join(", "))
         .replace("@PLUGIN@", &config.plugin_config);
     Ok(filled)
+}
+
+/// For the services of jobs alone: the agent neither looks for servers there nor registers itself.
+fn consul_block(address: SocketAddr) -> String {
+    format!(
+        "consul {{\n  address = \"{address}\"\n  auto_advertise = false\n  client_auto_join = false\n  server_auto_join = false\n}}"
+    )
 }
 
 /// A unit as Nomad's packages have it. No transient one: the agent's logmons stay behind in its cgroup, and its name would not
@@ -75,6 +90,7 @@ mod tests {
         let config = RealConfig {
             plugin_args: vec!["--fault".into()],
             total_compute_mhz: Some(2000),
+            consul: Some(([127, 0, 0, 1], 8500).into()),
             ..RealConfig::new("/usr/bin/nomad", "/usr/lib/plugin")
         };
         let text = agent_hcl(&config, Path::new("/opt/n"))?;
@@ -86,6 +102,8 @@ mod tests {
         assert!(
             text.contains("cpu_total_compute = 2000") && text.contains(r#"args = ["--fault"]"#)
         );
+        assert!(text.contains("address = \"127.0.0.1:8500\""), "{text}");
+        assert!(!text.contains("digitalocean,consul"), "{text}");
         let _: hcl::Body = hcl::from_str(&text)?;
         Ok(())
     }
