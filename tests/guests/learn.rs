@@ -24,6 +24,8 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_list_is_not_pruned_by_what_differs_anyway),
     case!(Speed, Ours, a_job_files_task_is_learned_from),
     case!(Speed, Ours, what_no_call_shows_is_remarked),
+    case!(Speed, Ours, a_list_opens_the_terminals_that_a_command_makes),
+    case!(Speed, Ours, a_probe_tells_something_and_leaves_nothing),
     case!(Speed, Ours, a_mistake_is_one_sentence),
     case!(Speed, Ours, ctrl_c_brings_the_list),
     case!(Speed, Ours, a_killed_run_takes_the_traced_command_along),
@@ -296,6 +298,39 @@ fn what_no_call_shows_is_remarked(context: &Context) -> Result<()> {
     let output = run(context, &["--learn"], &["perl", "-e", script])?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(said.contains("the command uses io_uring"), "{said}");
+    Ok(())
+}
+
+fn a_list_opens_the_terminals_that_a_command_makes(context: &Context) -> Result<()> {
+    let command = ["script", "-qec", "tty", "/dev/null"];
+    let output = run(context, &["--learn"], &command)?;
+    ensure!(output.status.success(), "{output:?}");
+    let list = list(&output)?;
+    ensure!(list.contains(&"rw:/dev/pts".to_owned()), "{list:?}");
+    let options: Vec<&str> = list.iter().flat_map(|entry| ["--unveil", entry]).collect();
+    let output = run(context, &options, &command)?;
+    let told = String::from_utf8_lossy(&output.stdout);
+    ensure!(told.starts_with("/dev/pts/"), "{output:?}");
+    Ok(())
+}
+
+fn a_probe_tells_something_and_leaves_nothing(context: &Context) -> Result<()> {
+    let ground = Ground::survey()?;
+    let said = |probe: &str, command: &str| -> Result<(Option<i32>, String)> {
+        let options = ["--learn", "--probe", probe];
+        let output = run(context, &options, &["sh", "-c", command])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((output.status.code(), said))
+    };
+    let (code, told) = said("true", "exit 3")?;
+    let sentence = "--probe: `true` succeeds before the command is started";
+    ensure!(code == Some(125) && told.contains(sentence), "{told}");
+    // Not what the probe has started either, and it may be at work when the command ends.
+    let (code, told) = said("sleep 4711 & sleep 4712; true", "sleep 1; exit 3")?;
+    let sentence = "--probe: the command ended before it succeeded; see why it ended";
+    ensure!(code == Some(3) && told.contains(sentence), "{told}");
+    let left = ground.left()?;
+    ensure!(left.is_empty(), "{left:?}");
     Ok(())
 }
 

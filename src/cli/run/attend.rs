@@ -2,11 +2,13 @@
 
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt;
 
@@ -24,6 +26,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a probe's command is looked at, and the pause after one that has failed.
 const PROBE_LOOK: Duration = Duration::from_millis(10);
 const PROBE_PAUSE: Duration = Duration::from_millis(100);
+/// How long one is waited for that is to fail, as nothing has been started.
+const PROBE_BEFORE: Duration = Duration::from_secs(2);
 
 /// How a task is stopped, and whether anybody reads what it writes.
 #[derive(Debug)]
@@ -90,6 +94,11 @@ pub async fn attend(
     attendance: Attendance<'_>,
     stops: &mut Stops,
 ) -> Result<Attended, RunError> {
+    if let Some(probe) = attendance.probe
+        && let Ok(true) = timeout(PROBE_BEFORE, succeeds(probe)).await
+    {
+        return Err(RunError::Probe(probe.into()));
+    }
     let id = request.id.clone();
     let printed = Arc::new(Mutex::new(DefaultHasher::new()));
     let (output, copies) = match (attendance.output, ending.logs) {
@@ -218,35 +227,37 @@ async fn works(probe: Option<&str>) {
     let Some(probe) = probe else {
         return std::future::pending().await;
     };
-    loop {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", probe]).stdin(Stdio::null());
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        match command.spawn().map(Probe) {
-            Ok(mut running) => {
-                let status = loop {
-                    match running.0.try_wait() {
-                        Ok(None) => sleep(PROBE_LOOK).await,
-                        Ok(Some(status)) => break Some(status),
-                        Err(_) => break None,
-                    }
-                };
-                if status.is_some_and(|status| status.success()) {
-                    return;
-                }
-            }
-            Err(error) => say(format_args!("--probe: /bin/sh: {error}")),
-        }
+    while !succeeds(probe).await {
         sleep(PROBE_PAUSE).await;
     }
 }
 
-/// Does not outlive the wait for it.
+async fn succeeds(probe: &str) -> bool {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", probe]).stdin(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    match command.process_group(0).spawn().map(Probe) {
+        Ok(running) => loop {
+            let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+            match waitid(WaitId::Pid(Pid::from_child(&running.0)), look) {
+                Ok(None) => sleep(PROBE_LOOK).await,
+                Ok(Some(status)) => return status.exit_status() == Some(0),
+                Err(_) => return false,
+            }
+        },
+        Err(error) => {
+            say(format_args!("--probe: /bin/sh: {error}"));
+            false
+        }
+    }
+}
+
+/// Does not outlive the wait for it, nor does what it has started. Not reaped before that: its group's number is still its own.
 struct Probe(Child);
 
 impl Drop for Probe {
     fn drop(&mut self) {
-        let _ = self.0.kill();
+        let _ = kill_process_group(Pid::from_child(&self.0), Signal::KILL);
         let _ = self.0.wait();
     }
 }

@@ -83,6 +83,10 @@ pub enum RunError {
     List { path: PathBuf, error: io::Error },
     #[error("{}: {problem}", path.display())]
     File { path: PathBuf, problem: String },
+    #[error(
+        "--probe: `{0}` succeeds before the command is started, so that it does not tell whether it works"
+    )]
+    Probe(String),
     #[error("run needs root, as Nomad's client does; try sudo")]
     NotRoot,
     #[error("systemd is not the init system of this host, so that nothing here can make a scope")]

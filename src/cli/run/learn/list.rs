@@ -122,11 +122,12 @@ pub fn list(seen: &Seen, ground: &Ground) -> List {
     List { entries, remarks }
 }
 
-/// What can be named in a list, for what comes and goes: a process' directory, a terminal.
+/// What can be named in a list, for what comes and goes: a process' directory, a terminal, and who makes terminals.
 fn lasting(path: &Path) -> &Path {
     let is_number = |part: Component<'_>| {
         let digits = part.as_os_str().as_encoded_bytes();
-        digits.iter().all(u8::is_ascii_digit)
+        // The slave that a master's ioctl opens is at no path of any call.
+        digits.iter().all(u8::is_ascii_digit) || path == Path::new("/dev/pts/ptmx")
     };
     ["/proc", "/dev/pts"]
         .into_iter()

@@ -127,10 +127,14 @@ pub async fn learn(
         say(
             "the command was stopped before it ended: there is no end to compare, and nothing is pruned",
         );
-    } else if options.prune && options.probe.is_some() && attended.by == By::Itself {
-        say(
-            "--probe: the command ended before it succeeded, and nothing is pruned; see why it ended",
-        );
+    } else if options.probe.is_some() && attended.by == By::Itself {
+        let pruned = match options.prune {
+            true => ", and nothing is pruned",
+            false => "",
+        };
+        say(format_args!(
+            "--probe: the command ended before it succeeded{pruned}; see why it ended"
+        ));
     } else if options.prune {
         if let Some(job) = &mut subject.job {
             job.is_told = true;
@@ -266,12 +270,22 @@ fn hcl(comment: &str, entries: &[Entry]) -> String {
     text + "]\n"
 }
 
-/// A string of HCL: JSON's, in which `${` and `%{` begin nothing.
+/// A string of HCL, in which `${` and `%{` begin nothing.
 fn quoted(text: &str) -> String {
-    let json = serde_json::Value::from(text).to_string();
-    // JSON's short forms that HCL does not know.
-    let plain = json.replace("\\b", "\\u0008").replace("\\f", "\\u000c");
-    plain.replace("${", "$${").replace("%{", "%%{")
+    let mut quoted = String::from("\"");
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        match character {
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            '"' | '\\' => quoted.extend(['\\', character]),
+            '$' | '%' if characters.peek() == Some(&'{') => quoted.extend([character; 2]),
+            _ if character.is_control() => quoted += &format!("\\u{:04x}", character as u32),
+            _ => quoted.push(character),
+        }
+    }
+    quoted + "\""
 }
 
 #[cfg(test)]
@@ -281,7 +295,14 @@ mod tests {
 
     #[test]
     fn the_list_reads_as_hcl_whatever_is_in_a_path() {
-        let paths = ["/a b", "/a\"b\\c", "/${x}%{y}", "/a\nb\tc\u{8}\u{1}", "/ä"];
+        let paths = [
+            "/a b",
+            "/a\"b\\c",
+            "/a\\b\\f\\u0041\u{c}",
+            "/${x}%{y}",
+            "/a\nb\tc\u{8}\u{1}\u{85}",
+            "/ä",
+        ];
         let entries = paths.map(|path| Entry {
             access: unveil::letters("r"),
             path: path.into(),
