@@ -1,9 +1,7 @@
 //! The benchmark, as small as it can be: that every figure is really taken. How high they are is for people to read.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Result, ensure};
-use harness::bench::raw::{Raw, Series};
+use harness::bench::raw::{Raw, Series, Who};
 use harness::bench::size::{Asked, Size};
 use harness::bench::{Candidates, Controllers, Listener, measure, run};
 use harness::guest::{Case, Context};
@@ -23,6 +21,10 @@ impl Listener for Kept {
         println!("{what}");
     }
 
+    fn version(&mut self, _: Who, version: String) {
+        println!("{version}");
+    }
+
     fn series(&mut self, series: Series) {
         self.0.push(series);
     }
@@ -39,19 +41,11 @@ fn every_figure_is_taken(context: &Context) -> Result<()> {
     let raw = Raw {
         guest: context.guest().to_string(),
         size,
-        host: run::host(&candidates)?,
+        host: run::host()?,
         series: kept.0,
     };
     let faults = raw.faults();
     ensure!(faults.is_empty(), "{faults:#?}");
-    // Nothing is taken twice, and nothing that no table has.
-    let mut seen = BTreeMap::new();
-    for series in &raw.series {
-        *seen
-            .entry((series.figure, series.who, series.at))
-            .or_insert(0) += 1;
-    }
-    ensure!(seen.values().all(|count| *count == 1), "{seen:?}");
     context.note(format!("{} series", raw.series.len()));
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! systemd over the bus, without the driver: the round trip that every start has to take, and a scope to watch a plugin in.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_stream::StreamExt as _;
 use zbus::{Connection, OwnedObjectPath, Variant, proxy};
@@ -47,37 +49,56 @@ impl Bus {
         Ok(Bus { manager })
     }
 
-    /// Puts a process into a scope of its own with limits as a task's, and says how long systemd took until it was done.
-    pub async fn scope(&self, unit: &str, pid: u32) -> Result<Duration> {
-        let properties = [
-            ("Description", Variant::from("benchmark")),
-            ("Delegate", Variant::from(true)),
-            ("CollectMode", Variant::from("inactive-or-failed")),
-            ("CPUAccounting", Variant::from(true)),
-            ("CPUQuotaPerSecUSec", Variant::from(10_000_000_u64)),
-            ("MemoryAccounting", Variant::from(true)),
-            ("MemoryMax", Variant::from(u64::MAX)),
-            ("TasksMax", Variant::from(u64::MAX)),
-            ("PIDs", Variant::from(vec![pid])),
-        ];
+    /// Puts each process into a scope of its own with limits as a task's, all at once, and says how long systemd took until the
+    /// last was done.
+    pub async fn scopes(&self, processes: &[(String, u32)]) -> Result<Duration> {
         // A stream that nobody reads, while others start tasks, fills up, and then stops the whole connection.
-        let mut jobs = self.manager.receive_job_removed().await?;
+        let mut removals = self.manager.receive_job_removed().await?;
         let begun = Instant::now();
-        let asked = self
-            .manager
-            .start_transient_unit(unit, "fail", &properties, &[]);
-        let job = asked.await.with_context(|| unit.to_owned())?;
-        timeout(PATIENCE, async {
-            while let Some(removed) = jobs.next().await {
-                let removed = removed.args()?;
-                if removed.job == job {
-                    ensure!(removed.result == "done", "{unit}: {}", removed.result);
-                    return Ok(begun.elapsed());
+        let mut calls = JoinSet::new();
+        for (unit, pid) in processes.iter().cloned() {
+            calls.spawn(start(self.manager.clone(), unit, pid));
+        }
+        // An end may be told before the call that it is of is answered.
+        let (mut begun_jobs, mut ended_jobs) = (HashSet::new(), HashSet::new());
+        let ended = timeout(PATIENCE, async {
+            while !calls.is_empty() || !begun_jobs.is_empty() {
+                tokio::select! {
+                    Some(job) = calls.join_next() => {
+                        let job = job??;
+                        if !ended_jobs.remove(&job) {
+                            begun_jobs.insert(job);
+                        }
+                    }
+                    removed = removals.next() => {
+                        let removed = removed.context("the bus hung up")?;
+                        let removed = removed.args()?;
+                        ensure!(removed.result == "done", "{}: {}", removed.unit, removed.result);
+                        if !begun_jobs.remove(&removed.job) {
+                            ended_jobs.insert(removed.job.clone());
+                        }
+                    }
                 }
             }
-            anyhow::bail!("the bus hung up")
-        })
-        .await
-        .with_context(|| format!("{unit}: no end of its job within {PATIENCE:?}"))?
+            Ok(begun.elapsed())
+        });
+        let ended = ended.await;
+        ended.with_context(|| format!("no end of the scopes' jobs within {PATIENCE:?}"))?
     }
+}
+
+async fn start(manager: ManagerProxy<'static>, unit: String, pid: u32) -> Result<OwnedObjectPath> {
+    let properties = [
+        ("Description", Variant::from("benchmark")),
+        ("Delegate", Variant::from(true)),
+        ("CollectMode", Variant::from("inactive-or-failed")),
+        ("CPUAccounting", Variant::from(true)),
+        ("CPUQuotaPerSecUSec", Variant::from(10_000_000_u64)),
+        ("MemoryAccounting", Variant::from(true)),
+        ("MemoryMax", Variant::from(u64::MAX)),
+        ("TasksMax", Variant::from(u64::MAX)),
+        ("PIDs", Variant::from(vec![pid])),
+    ];
+    let asked = manager.start_transient_unit(&unit, "fail", &properties, &[]);
+    asked.await.with_context(|| unit.clone())
 }

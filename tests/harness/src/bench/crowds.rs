@@ -1,5 +1,7 @@
 //! Many tasks: what the plugin, PID 1 and the bus take of them, how starts slow down, and what stays when they have ended.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -9,12 +11,13 @@ use tokio_stream::StreamExt as _;
 
 use super::bus::Bus;
 use super::figures::Id;
-use super::kernel;
 use super::measure::{Listener, Progress, Samples, bus_pid};
 use super::place::{Asked, Job, Place};
 use super::raw::Who;
 use super::size::Size;
 use super::subject::{Cpu, End, Subject, end};
+use super::{Controllers, kernel, programs};
+use crate::leaks::Ground;
 use crate::nomad::Calls;
 use crate::nomad::proto::driver::TaskHandle;
 
@@ -109,14 +112,18 @@ pub async fn grow(ours: &mut Subject, size: &Size, listener: &mut impl Listener)
         look.push(&mut samples, *count);
         for _ in 0..size.crowd_rounds {
             let life = ours.live(&mut place, End::Stop).await?;
-            let at = Some(*count);
-            samples.push(
-                Id::CrowdFirstInstruction,
-                Who::Ours,
-                at,
-                life.first_instruction_ms,
-            );
-            samples.push(Id::CrowdAnswer, Who::Ours, at, life.answer_ms);
+            let taken = [
+                (Id::CrowdFirstInstruction, life.first_instruction_ms),
+                (Id::CrowdAnswer, life.answer_ms),
+                (Id::CrowdEndToStop, life.end_ms),
+                (Id::CrowdCpuInScope, life.cpu_in_scope_ms),
+                (Id::CrowdCpuOfPlugin, life.cpu_ms.plugin),
+                (Id::CrowdCpuOfSystemd, life.cpu_ms.systemd),
+                (Id::CrowdPrivateMemory, life.memory.private_kib),
+            ];
+            for (figure, value) in taken {
+                samples.push(figure, Who::Ours, Some(*count), value);
+            }
         }
     }
     idle(ours, &crowd, size, &mut samples, listener).await?;
@@ -137,18 +144,31 @@ struct Look {
     plugin_kib: f64,
     descriptors: f64,
     threads: f64,
+    ahead_kib: f64,
+    /// Without the controller, nothing is charged.
+    charged_kib: Option<f64>,
     systemd_kib: f64,
+    systemd_descriptors: f64,
     bus_kib: f64,
+    bus_descriptors: f64,
 }
 
 impl Look {
     fn at(ours: &Subject) -> Result<Look> {
+        let bus = bus_pid()?;
         Ok(Look {
             plugin_kib: kernel::resident_kib(ours.plugin)?,
             descriptors: kernel::descriptors(ours.plugin)?,
             threads: kernel::threads(ours.plugin)?,
+            ahead_kib: kernel::private_kib_of_children(ours.plugin)?,
+            charged_kib: match Controllers::here()? {
+                Controllers::All => Some(ours.memory_kib()?),
+                Controllers::None => None,
+            },
             systemd_kib: kernel::resident_kib(SYSTEMD)?,
-            bus_kib: kernel::resident_kib(bus_pid()?)?,
+            systemd_descriptors: kernel::descriptors(SYSTEMD)?,
+            bus_kib: kernel::resident_kib(bus)?,
+            bus_descriptors: kernel::descriptors(bus)?,
         })
     }
 
@@ -159,8 +179,10 @@ impl Look {
             (Id::PluginThreads, self.threads),
             (Id::SystemdResident, self.systemd_kib),
             (Id::BusResident, self.bus_kib),
+            (Id::AheadMemory, self.ahead_kib),
         ];
-        for (figure, value) in figures {
+        let charged = self.charged_kib.map(|kib| (Id::PluginCharged, kib));
+        for (figure, value) in figures.into_iter().chain(charged) {
             samples.push(figure, Who::Ours, Some(count), value);
         }
     }
@@ -178,18 +200,22 @@ async fn idle(
     listener.progress(&format!("{count} idle tasks for {} s", size.idle_sec));
     let quiet = percent_of_a_cpu(ours, size.idle_sec).await?;
     listener.progress(&format!("the same with statistics for {} s", size.idle_sec));
-    let mut streams = JoinSet::new();
+    let (mut streams, seen) = (JoinSet::new(), Arc::new(AtomicU64::new(0)));
     for (asked, _) in &crowd.tasks {
         let mut stream = ours.calls.stats(&asked.config.id, STATS_INTERVAL).await?;
+        let seen = seen.clone();
         streams.spawn(async move {
-            let mut seen = 0_u64;
             while let Some(Ok(_)) = stream.next().await {
-                seen += 1;
+                seen.fetch_add(1, Ordering::Relaxed);
             }
-            seen
         });
     }
     let asked = percent_of_a_cpu(ours, size.idle_sec).await?;
+    let (seen, due) = (seen.load(Ordering::Relaxed), count as u64 * size.idle_sec);
+    ensure!(
+        seen + count as u64 >= due,
+        "{seen} samples of statistics came, and not {due}"
+    );
     ensure!(
         streams.try_join_next().is_none(),
         "a stream of statistics has ended"
@@ -239,6 +265,8 @@ pub async fn burst(
             samples.push(Id::BurstAnswer, Who::Ours, at, taken);
         }
         samples.push(Id::BurstWhole, Who::Ours, at, millis(begun));
+        let scopes = programs::round_trips(bus, *count).await?;
+        samples.push(Id::BurstOfScopes, Who::Systemd, at, scopes);
 
         listener.progress(&format!("recovery of {count} tasks"));
         crowd.waits.abort_all();
@@ -268,15 +296,26 @@ pub async fn cycle(ours: &Subject, size: &Size, listener: &mut impl Listener) ->
             (Id::CycledDescriptors, look.descriptors),
             (Id::CycledThreads, look.threads),
             (Id::CycledSystemdResident, look.systemd_kib),
+            (Id::CycledSystemdDescriptors, look.systemd_descriptors),
+            (Id::CycledBusResident, look.bus_kib),
+            (Id::CycledBusDescriptors, look.bus_descriptors),
         ] {
             samples.push(figure, Who::Ours, Some(count), value);
         }
         Ok::<_, anyhow::Error>(())
     };
+    let settle = Duration::from_secs(size.give_back_sec);
+    sleep(settle).await;
     look(&mut samples, 0)?;
+    let ground = Ground::survey()?;
+    let [_, half, _] = size.looks_at_cycles();
     let mut progress = Progress::new("starts and ends", size.cycles as usize);
     for cycle in 0..size.cycles {
         progress.tell(cycle as usize, listener);
+        if cycle == half {
+            sleep(settle).await;
+            look(&mut samples, cycle)?;
+        }
         let asked = place.task()?;
         let id = asked.config.id.clone();
         ours.calls.start(asked.config.clone()).await?;
@@ -287,8 +326,10 @@ pub async fn cycle(ours: &Subject, size: &Size, listener: &mut impl Listener) ->
         place.moment_nanos().await?;
         place.moment_nanos().await?;
     }
-    sleep(Duration::from_secs(size.give_back_sec)).await;
+    sleep(settle).await;
     look(&mut samples, size.cycles)?;
+    let left = ground.left()?;
+    ensure!(left.is_empty(), "after {} lives: {left:?}", size.cycles);
     samples.tell(listener);
     place.close().await
 }

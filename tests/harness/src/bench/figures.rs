@@ -23,10 +23,20 @@ pub enum Id {
     EndToStop,
     PrivateMemory,
     ProportionalMemory,
-    SleepMemory,
+    PluginAfter,
     LimitedFirstInstruction,
+    LimitedAnswer,
+    LimitedCpuInScope,
+    SleepMemory,
     CrowdFirstInstruction,
     CrowdAnswer,
+    CrowdEndToStop,
+    CrowdCpuInScope,
+    CrowdCpuOfPlugin,
+    CrowdCpuOfSystemd,
+    CrowdPrivateMemory,
+    AheadMemory,
+    PluginCharged,
     PluginResident,
     PluginDescriptors,
     PluginThreads,
@@ -41,12 +51,16 @@ pub enum Id {
     ResidentGivenBack,
     BurstAnswer,
     BurstWhole,
+    BurstOfScopes,
     RecoverAnswer,
     RecoverWhole,
     CycledResident,
     CycledDescriptors,
     CycledThreads,
     CycledSystemdResident,
+    CycledSystemdDescriptors,
+    CycledBusResident,
+    CycledBusDescriptors,
 }
 
 /// Which parts of a run a figure belongs to.
@@ -76,6 +90,8 @@ pub enum Of {
     Ours,
     /// Drivers, and a bare exec for scale.
     DriversAndExec,
+    /// systemd without any driver.
+    Systemd,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -86,15 +102,23 @@ pub struct Figure {
     pub part: Part,
     pub of: Of,
     pub samples: Samples,
-    /// Only where the memory controller is.
     pub needs: Needs,
-    /// Clocks that tick every 10 ms, and counts.
-    pub may_be_zero: bool,
+    pub zeros: Zeros,
+}
+
+/// Which samples may be 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Zeros {
+    None,
+    /// Not all of this driver's, or nothing was counted.
+    Some,
+    Any,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Needs {
     Nothing,
+    /// For cpu and memory.
     Controllers,
 }
 
@@ -112,6 +136,13 @@ pub enum Samples {
     Each,
 }
 
+const CPU_IN_SCOPE: &str = "CPU time in the task's cgroup until its command waits";
+const CPU_OF_PLUGIN: &str =
+    "CPU time of the plugin, and of what it has not moved yet, for a task's start and end";
+const CPU_OF_SYSTEMD: &str = "CPU time of PID 1 for a task's start and end";
+const END_TO_STOP: &str = "a stopped command's last instruction to StopTask's answer";
+const PRIVATE_MEMORY: &str = "private memory of what stays beside the command";
+
 const fn figure(id: Id, title: &'static str, unit: &'static str) -> Figure {
     Figure {
         id,
@@ -121,7 +152,25 @@ const fn figure(id: Id, title: &'static str, unit: &'static str) -> Figure {
         of: Of::Drivers,
         samples: Samples::Rounds,
         needs: Needs::Nothing,
-        may_be_zero: false,
+        zeros: Zeros::None,
+    }
+}
+
+/// With a quota in force.
+const fn limited(id: Id, title: &'static str, unit: &'static str) -> Figure {
+    Figure {
+        part: Part::Limited,
+        samples: Samples::LimitedRounds,
+        needs: Needs::Controllers,
+        ..figure(id, title, unit)
+    }
+}
+
+/// Of one more task beside those that run.
+const fn in_crowd(id: Id, title: &'static str, unit: &'static str) -> Figure {
+    Figure {
+        samples: Samples::CrowdRounds,
+        ..crowd(id, title, unit)
     }
 }
 
@@ -135,7 +184,7 @@ const fn crowd(id: Id, title: &'static str, unit: &'static str) -> Figure {
 }
 
 impl Figure {
-    pub const ALL: [Figure; 38] = [
+    pub const ALL: [Figure; 52] = [
         Figure {
             of: Of::All,
             ..figure(
@@ -151,27 +200,23 @@ impl Figure {
         phase(Id::PhaseExec, "release to exec"),
         Figure {
             of: Of::DriversAndExec,
+            ..figure(Id::CpuInScope, CPU_IN_SCOPE, "ms")
+        },
+        Figure {
+            zeros: Zeros::Some,
+            ..figure(Id::CpuOfPlugin, CPU_OF_PLUGIN, "ms")
+        },
+        Figure {
+            zeros: Zeros::Some,
+            ..figure(Id::CpuOfSystemd, CPU_OF_SYSTEMD, "ms")
+        },
+        Figure {
+            zeros: Zeros::Some,
             ..figure(
-                Id::CpuInScope,
-                "CPU time in the task's cgroup until its command waits",
+                Id::CpuOfBus,
+                "CPU time of the bus for a task's start and end",
                 "ms",
             )
-        },
-        Figure {
-            may_be_zero: true,
-            ..figure(
-                Id::CpuOfPlugin,
-                "CPU time of the plugin, and of what it has not yet moved, for a start",
-                "ms",
-            )
-        },
-        Figure {
-            may_be_zero: true,
-            ..figure(Id::CpuOfSystemd, "CPU time of PID 1 for a start", "ms")
-        },
-        Figure {
-            may_be_zero: true,
-            ..figure(Id::CpuOfBus, "CPU time of the bus for a start", "ms")
         },
         Figure {
             samples: Samples::EvenRounds,
@@ -183,53 +228,62 @@ impl Figure {
         },
         Figure {
             samples: Samples::OddRounds,
-            ..figure(
-                Id::EndToStop,
-                "a stopped command's last instruction to StopTask's answer",
-                "ms",
-            )
+            ..figure(Id::EndToStop, END_TO_STOP, "ms")
         },
-        figure(
-            Id::PrivateMemory,
-            "private memory of what stays beside the command",
-            "KiB",
-        ),
+        figure(Id::PrivateMemory, PRIVATE_MEMORY, "KiB"),
         figure(
             Id::ProportionalMemory,
             "proportional memory of the same",
             "KiB",
         ),
         Figure {
-            needs: Needs::Controllers,
-            samples: Samples::LimitedRounds,
-            part: Part::Limited,
+            samples: Samples::One,
             ..figure(
-                Id::SleepMemory,
-                "`memory.current` of a task that runs `sleep`",
+                Id::PluginAfter,
+                "resident memory of the plugin after all of these",
                 "KiB",
             )
         },
+        limited(
+            Id::LimitedFirstInstruction,
+            "StartTask to the first instruction",
+            "ms",
+        ),
+        limited(Id::LimitedAnswer, "StartTask to its answer", "ms"),
+        limited(Id::LimitedCpuInScope, CPU_IN_SCOPE, "ms"),
+        limited(
+            Id::SleepMemory,
+            "`memory.current` of a task that runs `sleep`",
+            "KiB",
+        ),
+        in_crowd(
+            Id::CrowdFirstInstruction,
+            "StartTask to the first instruction",
+            "ms",
+        ),
+        in_crowd(Id::CrowdAnswer, "StartTask to its answer", "ms"),
+        in_crowd(Id::CrowdEndToStop, END_TO_STOP, "ms"),
+        in_crowd(Id::CrowdCpuInScope, CPU_IN_SCOPE, "ms"),
         Figure {
-            part: Part::Limited,
-            samples: Samples::LimitedRounds,
+            zeros: Zeros::Some,
+            ..in_crowd(Id::CrowdCpuOfPlugin, CPU_OF_PLUGIN, "ms")
+        },
+        Figure {
+            zeros: Zeros::Some,
+            ..in_crowd(Id::CrowdCpuOfSystemd, CPU_OF_SYSTEMD, "ms")
+        },
+        in_crowd(Id::CrowdPrivateMemory, PRIVATE_MEMORY, "KiB"),
+        Figure {
+            zeros: Zeros::Any,
+            ..crowd(Id::AheadMemory, "private memory of the helper ahead", "KiB")
+        },
+        Figure {
             needs: Needs::Controllers,
-            ..figure(
-                Id::LimitedFirstInstruction,
-                "StartTask to the first instruction, by `cpu`",
-                "ms",
-            )
-        },
-        Figure {
-            samples: Samples::CrowdRounds,
             ..crowd(
-                Id::CrowdFirstInstruction,
-                "StartTask to the first instruction",
-                "ms",
+                Id::PluginCharged,
+                "memory charged to the plugin's cgroup",
+                "KiB",
             )
-        },
-        Figure {
-            samples: Samples::CrowdRounds,
-            ..crowd(Id::CrowdAnswer, "StartTask to its answer", "ms")
         },
         crowd(Id::PluginResident, "resident memory of the plugin", "KiB"),
         crowd(Id::PluginDescriptors, "descriptors of the plugin", ""),
@@ -239,7 +293,10 @@ impl Figure {
         idle(Id::IdleOfPlugin, "the plugin, nothing asked"),
         idle(Id::IdleOfSystemd, "PID 1, nothing asked"),
         idle(Id::IdleOfBus, "the bus, nothing asked"),
-        idle(Id::StatsOfPlugin, "the plugin, statistics every second"),
+        Figure {
+            zeros: Zeros::Some,
+            ..idle(Id::StatsOfPlugin, "the plugin, statistics every second")
+        },
         idle(Id::StatsOfSystemd, "PID 1, statistics every second"),
         idle(Id::StatsOfBus, "the bus, statistics every second"),
         Figure {
@@ -252,6 +309,10 @@ impl Figure {
         },
         burst(Id::BurstAnswer, "StartTask to its answer", Samples::Each),
         burst(Id::BurstWhole, "all of them", Samples::One),
+        Figure {
+            of: Of::Systemd,
+            ..burst(Id::BurstOfScopes, "scopes at once", Samples::One)
+        },
         burst(
             Id::RecoverAnswer,
             "RecoverTask to its answer, one after the other",
@@ -262,6 +323,9 @@ impl Figure {
         cycled(Id::CycledDescriptors, "descriptors of the plugin", ""),
         cycled(Id::CycledThreads, "threads of the plugin", ""),
         cycled(Id::CycledSystemdResident, "resident memory of PID 1", "KiB"),
+        cycled(Id::CycledSystemdDescriptors, "descriptors of PID 1", ""),
+        cycled(Id::CycledBusResident, "resident memory of the bus", "KiB"),
+        cycled(Id::CycledBusDescriptors, "descriptors of the bus", ""),
     ];
 
     pub fn of(id: Id) -> Option<&'static Figure> {
@@ -292,6 +356,7 @@ impl Figure {
             Of::Drivers => &[Who::Ours, Who::Exec2],
             Of::Ours => &[Who::Ours],
             Of::DriversAndExec => &[Who::Ours, Who::Exec2, Who::ForkExec],
+            Of::Systemd => &[Who::Systemd],
         };
         let points: Vec<Option<u64>> = match self.part {
             Part::Turns => vec![None],
@@ -300,7 +365,7 @@ impl Figure {
             Part::Crowds => size.crowds.iter().copied().map(Some).collect(),
             Part::LargestCrowd => vec![Some(size.largest_crowd())],
             Part::Bursts => size.bursts.iter().copied().map(Some).collect(),
-            Part::Cycles => vec![Some(0), Some(size.cycles)],
+            Part::Cycles => size.looks_at_cycles().map(Some).to_vec(),
         };
         let count = |at: Option<u64>| match self.samples {
             Samples::One => 1,
@@ -322,7 +387,7 @@ impl Figure {
 const fn phase(id: Id, title: &'static str) -> Figure {
     Figure {
         of: Of::Ours,
-        may_be_zero: true,
+        zeros: Zeros::Some,
         ..figure(id, title, "ms")
     }
 }
@@ -330,7 +395,7 @@ const fn phase(id: Id, title: &'static str) -> Figure {
 const fn idle(id: Id, title: &'static str) -> Figure {
     Figure {
         part: Part::LargestCrowd,
-        may_be_zero: true,
+        zeros: Zeros::Any,
         ..crowd(id, title, "% of a CPU")
     }
 }

@@ -77,6 +77,34 @@ pub struct Memory {
     pub proportional_kib: f64,
 }
 
+/// Runnable processes, averaged over the last minute.
+pub fn load() -> Result<f64> {
+    let text = read(Path::new("/proc/loadavg"))?;
+    let first = text.split_whitespace().next().context("/proc/loadavg")?;
+    Ok(first.parse()?)
+}
+
+/// Whether a process in it executes a file of this name.
+pub fn executes(cgroup: &Cgroup, command: &str) -> Result<bool> {
+    Ok(cgroup.processes()?.into_iter().any(|pid| {
+        let executes = fs::read_link(format!("/proc/{pid}/exe"));
+        executes.is_ok_and(|file| file.file_name().is_some_and(|name| name == command))
+    }))
+}
+
+/// Of what a process has forked and still has.
+pub fn private_kib_of_children(pid: u32) -> Result<f64> {
+    let children = read(Path::new(&format!("/proc/{pid}/task/{pid}/children")))?;
+    children
+        .split_whitespace()
+        .map(|child| private_kib(child.parse()?))
+        .sum()
+}
+
+fn private_kib(pid: u32) -> Result<f64> {
+    Ok(rollup(pid, "Private_Clean:")? + rollup(pid, "Private_Dirty:")?)
+}
+
 /// Of all but those that execute a file of this name.
 pub fn memory_beside(cgroup: &Cgroup, command: &str) -> Result<Memory> {
     let mut sum = Memory::default();
@@ -85,10 +113,7 @@ pub fn memory_beside(cgroup: &Cgroup, command: &str) -> Result<Memory> {
         if executes.file_name().is_some_and(|name| name == command) {
             continue;
         }
-        let private = ["Private_Clean:", "Private_Dirty:"].map(|part| rollup(pid, part));
-        for part in private {
-            sum.private_kib += part?;
-        }
+        sum.private_kib += private_kib(pid)?;
         sum.proportional_kib += rollup(pid, "Pss:")?;
     }
     Ok(sum)

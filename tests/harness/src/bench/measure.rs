@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use tokio::time::sleep;
 
 use super::bus::Bus;
@@ -11,7 +11,7 @@ use super::figures::Id;
 use super::place::{Job, Place};
 use super::raw::{Series, Who};
 use super::size::Size;
-use super::subject::{End, Subject};
+use super::subject::{End, PATIENCE, Subject};
 use super::{Controllers, crowds, install_stamp, kernel, programs};
 
 /// Between two starts that are compared: systemd is busy with the end of one for some time.
@@ -36,6 +36,7 @@ pub struct Candidates {
 /// Where samples go, and word of what is going on.
 pub trait Listener {
     fn progress(&mut self, what: &str);
+    fn version(&mut self, who: Who, version: String);
     fn series(&mut self, series: Series);
 }
 
@@ -80,6 +81,9 @@ pub async fn measure(
     if let Some(exec2) = &candidates.exec2 {
         subjects.push(Subject::start(Who::Exec2, exec2, &bus).await?);
     }
+    for subject in &subjects {
+        listener.version(subject.who, subject.calls.version().await?);
+    }
     turns(&subjects, &bus, size, listener).await?;
     if controllers == Controllers::All {
         limited(&subjects, size, listener).await?;
@@ -99,6 +103,22 @@ pub async fn measure(
     let ours = Subject::start(Who::Ours, &candidates.ours, &bus).await?;
     crowds::cycle(&ours, size, listener).await?;
     ours.agent.finish().await
+}
+
+/// A machine that has just booted, or that builds something, is waited for, but not for ever.
+pub async fn quiet(listener: &mut impl Listener) -> Result<()> {
+    const ENOUGH: f64 = 0.5;
+    const MOST: Duration = Duration::from_secs(180);
+    let begun = Instant::now();
+    let mut progress = Progress::new(
+        "seconds of waiting for a quiet machine",
+        MOST.as_secs() as usize,
+    );
+    while kernel::load()? > ENOUGH && begun.elapsed() < MOST {
+        progress.tell(begun.elapsed().as_secs() as usize, listener);
+        sleep(Duration::from_secs(2)).await;
+    }
+    Ok(())
 }
 
 async fn turns(
@@ -131,7 +151,12 @@ async fn turns(
             0 => (End::Exit, Id::ExitToWait),
             _ => (End::Stop, Id::EndToStop),
         };
-        for (subject, place) in subjects.iter().zip(&mut places) {
+        let mut order: Vec<_> = subjects.iter().zip(&mut places).collect();
+        // Whoever comes second starts beside what is left of the first.
+        if round / 2 % 2 == 1 {
+            order.reverse();
+        }
+        for (subject, place) in order {
             sleep(BETWEEN).await;
             let life = subject
                 .live(place, end)
@@ -182,6 +207,10 @@ async fn turns(
         asked.clear();
         place.close().await?;
     }
+    for subject in subjects {
+        let resident = kernel::resident_kib(subject.plugin)?;
+        samples.push(Id::PluginAfter, subject.who, None, resident);
+    }
     for subject in subjects.iter().filter(|subject| subject.who == Who::Ours) {
         phases(subject, size, &mut samples)?;
     }
@@ -231,16 +260,19 @@ async fn limited(subjects: &[Subject], size: &Size, listener: &mut impl Listener
     for round in 0..size.limited_rounds {
         progress.tell(round, listener);
         for (subject, cpu_mhz, place) in &mut places {
+            sleep(BETWEEN).await;
             let life = subject
                 .live(place, End::Stop)
                 .await
                 .with_context(|| format!("{:?} with cpu = {cpu_mhz}", subject.who))?;
-            samples.push(
-                Id::LimitedFirstInstruction,
-                subject.who,
-                Some(*cpu_mhz),
-                life.first_instruction_ms,
-            );
+            let taken = [
+                (Id::LimitedFirstInstruction, life.first_instruction_ms),
+                (Id::LimitedAnswer, life.answer_ms),
+                (Id::LimitedCpuInScope, life.cpu_in_scope_ms),
+            ];
+            for (figure, value) in taken {
+                samples.push(figure, subject.who, Some(*cpu_mhz), value);
+            }
         }
     }
     for (_, _, place) in places {
@@ -252,6 +284,12 @@ async fn limited(subjects: &[Subject], size: &Size, listener: &mut impl Listener
             let asked = place.task()?;
             let id = asked.config.id.clone();
             subject.calls.start(asked.config.clone()).await?;
+            // An answer may come before the command does.
+            let begun = Instant::now();
+            while !kernel::executes(&asked.cgroup, SLEEP.command)? {
+                ensure!(begun.elapsed() < PATIENCE, "{:?}: no sleep", subject.who);
+                sleep(Duration::from_millis(20)).await;
+            }
             sleep(crowds::SETTLE).await;
             let memory = asked.cgroup.memory_kib()?;
             samples.push(Id::SleepMemory, subject.who, None, memory);

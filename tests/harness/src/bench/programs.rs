@@ -95,11 +95,33 @@ pub fn cpu_of_exec() -> Result<f64> {
 pub async fn round_trip(bus: &Bus) -> Result<f64> {
     let mut child = spawn(&mut Command::new(STAMP))?;
     moment(&mut child)?;
-    let unit = format!("bench-{}-{}.scope", std::process::id(), child.id());
-    let taken = bus.scope(&unit, child.id()).await;
+    let taken = bus.scopes(&[in_scope(&child)]).await;
     end(&mut child)?;
     child.wait()?;
     Ok(taken?.as_secs_f64() * 1e3)
+}
+
+/// Milliseconds that systemd takes for so many at once.
+pub async fn round_trips(bus: &Bus, count: u64) -> Result<f64> {
+    let mut children = Vec::new();
+    for _ in 0..count {
+        let mut command = Command::new(STAMP);
+        // What it tells is nobody's, and a pipe for each would be many.
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+        children.push(child.context(STAMP)?);
+    }
+    let processes: Vec<_> = children.iter().map(in_scope).collect();
+    let taken = bus.scopes(&processes).await;
+    for child in &mut children {
+        child.kill()?;
+        child.wait()?;
+    }
+    Ok(taken?.as_secs_f64() * 1e3)
+}
+
+fn in_scope(child: &Child) -> (String, u32) {
+    let unit = format!("bench-{}-{}.scope", std::process::id(), child.id());
+    (unit, child.id())
 }
 
 fn spawn(command: &mut Command) -> Result<Child> {

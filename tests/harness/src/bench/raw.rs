@@ -1,13 +1,13 @@
 //! What one run of the benchmark leaves: every sample, and what it was taken on. The file is committed; tables and chart are
 //! made from it alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-use super::figures::{Figure, Id};
+use super::figures::{Figure, Id, Zeros};
 use super::size::Size;
 use super::statistics::Summary;
 
@@ -37,6 +37,9 @@ pub struct Host {
     pub versions: BTreeMap<String, String>,
     /// Processes that were runnable when it began, of the whole machine: others disturb.
     pub load_at_begin: String,
+    /// Of the machine that emulates this one: its processor, and its load.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub emulated_on: String,
 }
 
 /// Who was measured.
@@ -64,7 +67,7 @@ impl Who {
             Who::SystemdRunService => "`systemd-run`, a sandboxed service",
             Who::Bwrap => "`bwrap`",
             Who::ForkExec => "fork and exec",
-            Who::Systemd => "a scope over the bus",
+            Who::Systemd => "a scope's round trip over the bus",
         }
     }
 }
@@ -128,6 +131,7 @@ impl Raw {
     /// nobody's business here.
     pub fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
+        let mut expected = BTreeSet::new();
         let limits = match self.guest.ends_with("-qemu") {
             true => super::Controllers::All,
             false => super::Controllers::None,
@@ -135,6 +139,7 @@ impl Raw {
         for figure in Figure::ALL {
             for (who, at, count) in figure.expected(&self.size, limits, self.has(Who::Exec2)) {
                 let name = format!("{:?} of {who:?} at {at:?}", figure.id);
+                expected.insert((figure.id, who, at));
                 let Some(series) = self.series(figure.id, who, at) else {
                     faults.push(format!("{name} was not taken"));
                     continue;
@@ -144,11 +149,26 @@ impl Raw {
                     faults.push(format!("{name} has {found} samples instead of {count}"));
                 }
                 let is_wrong = |value: &f64| {
-                    !value.is_finite() || *value < 0.0 || (*value == 0.0 && !figure.may_be_zero)
+                    !value.is_finite()
+                        || *value < 0.0
+                        || (*value == 0.0 && figure.zeros == Zeros::None)
                 };
+                let is_counted = series.values.iter().any(|value| *value > 0.0);
+                if figure.zeros == Zeros::Some && who == Who::Ours && !is_counted {
+                    faults.push(format!("{name} is always 0"));
+                }
                 if let Some(value) = series.values.iter().find(|value| is_wrong(value)) {
                     faults.push(format!("{name} has a sample of {value}"));
                 }
+            }
+        }
+        for Series {
+            figure, who, at, ..
+        } in &self.series
+        {
+            // Twice, or in no table.
+            if !expected.remove(&(*figure, *who, *at)) {
+                faults.push(format!("{figure:?} of {who:?} at {at:?} is one too many"));
             }
         }
         faults

@@ -88,7 +88,7 @@ fn guest(raw: &Raw, text: &mut String) -> Result<()> {
     let host = &raw.host;
     writeln!(
         text,
-        "{} of commit {}, {}. {} × {}, {} MiB, Linux {}, {}. Load average at the begin: {}.",
+        "{} of commit {}, {}. {} × {}, {} MiB, Linux {}, {}. Load average at the begin: {}.{}",
         host.date,
         host.commit,
         versions(raw),
@@ -97,7 +97,11 @@ fn guest(raw: &Raw, text: &mut String) -> Result<()> {
         host.memory_mib,
         host.kernel,
         host.systemd,
-        host.load_at_begin
+        host.load_at_begin,
+        match host.emulated_on.as_str() {
+            "" => String::new(),
+            outside => format!(" Emulated on {outside}."),
+        }
     )?;
     let chart = chart_name(&raw.guest);
     writeln!(

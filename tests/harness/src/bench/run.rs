@@ -9,11 +9,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use super::Controllers;
-use super::measure::{Candidates, Listener, measure};
+use super::measure::{Candidates, Listener, measure, quiet};
 use super::raw::{Host, Raw, Series, Who};
 use super::report;
 use super::size::{Asked, Size};
+use super::{Controllers, kernel};
 use crate::guest::{self, Boot, Exit, GuestName, Kind, PAYLOAD_DIR, Payload};
 
 /// A full run takes about an hour in an emulated machine.
@@ -37,6 +37,7 @@ enum Line {
     Host(Host),
     Size(Size),
     Series(Series),
+    Version(Who, String),
     Progress(String),
 }
 
@@ -49,8 +50,11 @@ pub fn run(request: &Request) -> Result<()> {
     ];
     files.extend(request.exec2.as_deref().map(|path| ("exec2", path)));
     let payload = Payload::new(&files)?;
+    // Before the first result of it is a change to the tree.
+    let commit = commit()?;
     for guest in &request.guests {
-        let raw = in_guest(*guest, &payload, request)?;
+        let mut raw = in_guest(*guest, &payload, request)?;
+        raw.host.commit.clone_from(&commit);
         let faults = raw.faults();
         ensure!(faults.is_empty(), "{guest}: {}", faults.join("; "));
         let path = request.into.join(report::raw_name(&raw.guest));
@@ -82,6 +86,12 @@ fn in_guest(name: GuestName, payload: &Payload, request: &Request) -> Result<Raw
         host: Host::default(),
         series: Vec::new(),
     };
+    let emulated_on = format!(
+        "{} with a load of {}",
+        line("/proc/cpuinfo", "model name")?,
+        kernel::load()?
+    );
+    let mut versions = BTreeMap::new();
     let mut said = String::new();
     let exit = guest.run(
         &argv,
@@ -90,6 +100,9 @@ fn in_guest(name: GuestName, payload: &Payload, request: &Request) -> Result<Raw
             Ok(Line::Host(host)) => raw.host = host,
             Ok(Line::Size(size)) => raw.size = size,
             Ok(Line::Series(series)) => raw.series.push(series),
+            Ok(Line::Version(who, version)) => {
+                versions.insert(who.title().to_owned(), version);
+            }
             Ok(Line::Progress(what)) => println!("{name}: {what}"),
             Err(_) => said.push_str(&format!("{line}\n")),
         },
@@ -97,7 +110,10 @@ fn in_guest(name: GuestName, payload: &Payload, request: &Request) -> Result<Raw
     if exit != Exit::Code(0) {
         bail!("{name}: the benchmark ended with {exit:?}\n{said}");
     }
-    raw.host.commit = commit()?;
+    raw.host.versions.extend(versions);
+    if name.kind == Kind::Qemu {
+        raw.host.emulated_on = emulated_on;
+    }
     raw.series
         .sort_by_key(|series| (series.figure, series.who, series.at));
     Ok(raw)
@@ -119,8 +135,9 @@ pub async fn inside(asked: Asked, has_exec2: bool) -> Result<()> {
         exec2: has_exec2.then(|| payload.join("exec2")),
     };
     let mut teller = Teller;
+    quiet(&mut teller).await?;
+    teller.tell(&Line::Host(host()?));
     let size = Size::of(asked, Controllers::here()?);
-    teller.tell(&Line::Host(host(&candidates)?));
     teller.tell(&Line::Size(size.clone()));
     measure(&candidates, &size, &mut teller).await
 }
@@ -141,13 +158,17 @@ impl Listener for Teller {
         self.tell(&Line::Progress(what.to_owned()));
     }
 
+    fn version(&mut self, who: Who, version: String) {
+        self.tell(&Line::Version(who, version));
+    }
+
     fn series(&mut self, series: Series) {
         self.tell(&Line::Series(series));
     }
 }
 
 /// All that can be known from inside.
-pub fn host(candidates: &Candidates) -> Result<Host> {
+pub fn host() -> Result<Host> {
     let said = |program: &str, arguments: &[&str]| -> Result<String> {
         let output = Command::new(program)
             .args(arguments)
@@ -156,25 +177,10 @@ pub fn host(candidates: &Candidates) -> Result<Host> {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         Ok(text.lines().next().unwrap_or_default().trim().to_owned())
     };
-    let line = |path: &str, field: &str| -> Result<String> {
-        let text = fs::read_to_string(path)?;
-        let found = text.lines().find_map(|line| line.strip_prefix(field));
-        let value = found.with_context(|| format!("{path} has no {field}"))?;
-        Ok(value.trim_start_matches([' ', '\t', ':']).trim().to_owned())
-    };
-    let ours = candidates.ours.to_string_lossy();
-    let mut versions = BTreeMap::from([
-        (Who::Ours.title().to_owned(), said(&ours, &["--version"])?),
+    let versions = BTreeMap::from([
         ("bubblewrap".to_owned(), said("bwrap", &["--version"])?),
         ("client".to_owned(), client().to_owned()),
     ]);
-    if let Some(exec2) = &candidates.exec2 {
-        let bytes = fs::metadata(exec2)?.len();
-        versions.insert(
-            Who::Exec2.title().to_owned(),
-            format!("a binary of {bytes} bytes"),
-        );
-    }
     let memory = line("/proc/meminfo", "MemTotal")?;
     Ok(Host {
         date: said("date", &["--utc", "+%Y-%m-%d"])?,
@@ -187,12 +193,17 @@ pub fn host(candidates: &Candidates) -> Result<Host> {
         systemd: said("systemctl", &["--version"])?,
         commit: String::new(),
         versions,
-        load_at_begin: fs::read_to_string("/proc/loadavg")?
-            .split_whitespace()
-            .next()
-            .unwrap_or_default()
-            .to_owned(),
+        load_at_begin: kernel::load()?.to_string(),
+        emulated_on: String::new(),
     })
+}
+
+/// What follows a field's name in a file of such lines.
+fn line(path: &str, field: &str) -> Result<String> {
+    let text = fs::read_to_string(path)?;
+    let found = text.lines().find_map(|line| line.strip_prefix(field));
+    let value = found.with_context(|| format!("{path} has no {field}"))?;
+    Ok(value.trim_start_matches([' ', '\t', ':']).trim().to_owned())
 }
 
 /// An unoptimised client is slow enough to be seen in every call.

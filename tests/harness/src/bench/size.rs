@@ -27,7 +27,7 @@ pub struct Size {
     pub idle_sec: u64,
     /// Tasks that are started at once.
     pub bursts: Vec<u64>,
-    /// Tasks that are started and end, one after the other.
+    /// Tasks that are started and end, one after the other; 2 or more.
     pub cycles: u64,
     /// Between the end of the last task and the look at what the plugin has given back.
     pub give_back_sec: u64,
@@ -81,7 +81,7 @@ impl Size {
                 crowds: vec![0, 1],
                 crowd_rounds: 1,
                 bursts: vec![2],
-                cycles: 1,
+                cycles: 2,
                 ..smoke
             },
             (Asked::Quick, Controllers::None) => Size {
@@ -129,6 +129,11 @@ impl Size {
                 give_back_sec: 10,
             },
         }
+    }
+
+    /// Lives that have been when the plugin is looked at.
+    pub fn looks_at_cycles(&self) -> [u64; 3] {
+        [0, self.cycles / 2, self.cycles]
     }
 
     pub fn largest_crowd(&self) -> u64 {

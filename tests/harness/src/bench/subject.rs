@@ -16,8 +16,8 @@ use crate::nomad::{Agent, Calls, Config};
 /// A start that takes longer hangs: an emulated machine under load needs half a minute for fifty at once.
 pub(super) const PATIENCE: Duration = Duration::from_secs(300);
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
-/// What a driver may still do after the command has begun, before the cgroup's CPU time is read.
-const SETTLE: Duration = Duration::from_millis(20);
+/// What a driver may still do after an answer, before CPU time is read.
+const SETTLE: Duration = Duration::from_millis(100);
 /// Of a node whose `cpu = 20` is 1.25 ms in 100. HashiCorp's driver starts nothing with less than the kernel's 1 ms.
 const CORE_MHZ: u64 = 1_600;
 
@@ -46,6 +46,7 @@ pub struct Life {
     pub first_instruction_ms: f64,
     pub answer_ms: f64,
     pub cpu_in_scope_ms: f64,
+    /// From the start to some time after the end.
     pub cpu_ms: Cpu,
     pub memory: Memory,
     /// From the last instruction to the answer of WaitTask or StopTask.
@@ -101,7 +102,7 @@ impl Subject {
             std::process::id(),
             self.launches
         );
-        bus.scope(&unit, self.plugin).await?;
+        bus.scopes(&[(unit, self.plugin)]).await?;
         self.watched = Cgroup::of_process(self.plugin)?;
         Ok(())
     }
@@ -111,6 +112,11 @@ impl Subject {
         self.agent.kill_plugin().await?;
         self.calls = Calls::of(&self.agent)?.with_patience(PATIENCE);
         self.watch(bus).await
+    }
+
+    /// With what the plugin keeps beside itself, but no task.
+    pub fn memory_kib(&self) -> Result<f64> {
+        self.watched.memory_kib()
     }
 
     pub fn cpu(&self) -> Result<Cpu> {
@@ -129,10 +135,10 @@ impl Subject {
         let start = async {
             self.calls.start(asked.config.clone()).await?;
             let answered = now_nanos()?;
-            Ok::<_, anyhow::Error>((answered, self.cpu()?.since(before)))
+            Ok::<_, anyhow::Error>(answered)
         };
         // A start that fails tells no moment.
-        let ((answered, cpu_ms), first) = tokio::try_join!(start, place.moment_nanos())?;
+        let (answered, first) = tokio::try_join!(start, place.moment_nanos())?;
         sleep(SETTLE).await;
         let cpu_in_scope_ms = asked.cgroup.cpu_millis()?;
         let command = Path::new(STAMP).file_name().unwrap_or_default();
@@ -158,6 +164,8 @@ impl Subject {
         };
         self.calls.destroy(&id, true).await?;
         asked.clear();
+        sleep(SETTLE).await;
+        let cpu_ms = self.cpu()?.since(before);
         Ok(Life {
             first_instruction_ms: millis(called, first),
             answer_ms: millis(called, answered),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tonic::Status;
 
+use super::proto::base::PluginInfoRequest;
 use super::proto::driver::{
     DestroyTaskRequest, InspectTaskRequest, InspectTaskResponse, RecoverTaskRequest,
     SignalTaskRequest, StartTaskRequest, StopTaskRequest, TaskConfig, TaskHandle, TaskStatsRequest,
@@ -32,6 +33,13 @@ impl Calls {
 
     pub fn with_patience(self, patience: Duration) -> Calls {
         Calls { patience, ..self }
+    }
+
+    /// What PluginInfo calls the plugin's version.
+    pub async fn version(&self) -> Result<String, Status> {
+        let mut base = self.connection.base();
+        let answer = self.soon(base.plugin_info(PluginInfoRequest {})).await?;
+        Ok(answer.into_inner().plugin_version)
     }
 
     pub async fn start(&self, config: TaskConfig) -> Result<TaskHandle, Status> {

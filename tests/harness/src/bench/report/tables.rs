@@ -93,11 +93,40 @@ pub fn limited(raw: &Raw, text: &mut String) -> Result<()> {
                 for mhz in &points {
                     row(raw, figure, Some((*mhz, "cpu = ")), peer, text)?;
                 }
+                least_over_most(raw, &points, peer, text)?;
             }
-            _ => row(raw, figure, None, peer, text)?,
+            Id::SleepMemory => row(raw, figure, None, peer, text)?,
+            _ => {
+                for mhz in &points {
+                    row(raw, figure, Some((*mhz, "cpu = ")), peer, text)?;
+                }
+            }
         }
     }
     writeln!(text)?;
+    Ok(())
+}
+
+/// What the least quota takes more than the most.
+fn least_over_most(raw: &Raw, points: &[u64], peer: Option<Who>, text: &mut String) -> Result<()> {
+    let (Some(least), Some(most)) = (points.first(), points.last()) else {
+        return Ok(());
+    };
+    let of = |who, at: u64| raw.summary(Id::LimitedFirstInstruction, who, Some(at));
+    let more = |who| Some(of(who, *least)?.median - of(who, *most)?.median);
+    let (Some(ours), true) = (more(Who::Ours), least < most) else {
+        return Ok(());
+    };
+    write!(
+        text,
+        "| what `cpu = {least}` takes more of it than `cpu = {most}`, ms | {} |",
+        number(ours)
+    )?;
+    match peer.map(more) {
+        Some(Some(theirs)) => writeln!(text, " {} | {} |", number(theirs), ratio(theirs, ours))?,
+        Some(None) => writeln!(text, " | |")?,
+        None => writeln!(text)?,
+    }
     Ok(())
 }
 
@@ -139,6 +168,16 @@ pub fn bursts(raw: &Raw, text: &mut String) -> Result<()> {
         "| | median, ms | the slowest, ms | all of them, ms | a second |"
     )?;
     writeln!(text, "| --- | ---: | ---: | ---: | ---: |")?;
+    for count in raw.points(Id::BurstOfScopes, Who::Systemd) {
+        if let Some(whole) = raw.summary(Id::BurstOfScopes, Who::Systemd, Some(count)) {
+            writeln!(
+                text,
+                "| {count} scopes at once, without a driver | | | {} | {} |",
+                number(whole.median),
+                number(count as f64 / whole.median * 1e3)
+            )?;
+        }
+    }
     for (what, each, whole) in [
         ("starts at once", Id::BurstAnswer, Id::BurstWhole),
         (
@@ -206,7 +245,7 @@ fn heading(text: &mut String, peer: Option<Who>) -> Result<()> {
     let ours = Who::Ours.title();
     match peer {
         Some(peer) => {
-            writeln!(text, "| | {ours} | {} | ratio |", peer.title())?;
+            writeln!(text, "| | {ours} | {} | to this driver |", peer.title())?;
             writeln!(text, "| --- | ---: | ---: | ---: |")?;
         }
         None => {
@@ -254,7 +293,7 @@ fn titled(figure: &Figure) -> String {
 }
 
 /// `2.51 (2.3 to 3.1)`, or the value alone where there is one.
-fn spread(summary: &Summary) -> String {
+pub(super) fn spread(summary: &Summary) -> String {
     let median = number(summary.median);
     match summary.count {
         1 => median,

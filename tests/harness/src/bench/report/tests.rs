@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::bench::Controllers;
-use crate::bench::figures::{Figure, Id};
+use crate::bench::figures::{Figure, Id, Part};
 use crate::bench::raw::{Host, Series};
 use crate::bench::size::{Asked, Size};
 
@@ -65,12 +65,26 @@ fn what_was_not_taken_or_cannot_be_is_a_fault() {
             Id::ExitToWait => series.values[0] = f64::NAN,
             Id::EndToStop => drop(series.values.pop()),
             Id::IdleOfBus => series.values[0] = 0.0,
+            Id::CpuOfBus => series.values.fill(0.0),
             _ => {}
         }
     }
+    raw.series.push(Series {
+        figure: Id::SleepMemory,
+        who: Who::Ours,
+        at: None,
+        values: vec![1.0],
+    });
     let faults = raw.faults().join("\n");
-    assert_eq!(faults.lines().count(), 4, "{faults}");
-    for word in ["BurstWhole", "StartAnswer", "ExitToWait", "EndToStop"] {
+    assert_eq!(faults.lines().count(), 6, "{faults}");
+    for word in [
+        "BurstWhole",
+        "StartAnswer",
+        "ExitToWait",
+        "EndToStop",
+        "CpuOfBus of Ours at None is always 0",
+        "SleepMemory of Ours at None is one too many",
+    ] {
         assert!(faults.contains(word), "{faults}");
     }
 }
@@ -92,7 +106,12 @@ fn the_page_has_each_guest_its_chart_and_the_peer_where_it_ran() {
     let (native, emulated) = page.split_once("\n## trixie-qemu").unwrap();
     let (_, native) = native.split_once("\n## trixie-nspawn").unwrap();
     assert!(!native.contains("| HashiCorp's exec2 |"), "{native}");
-    assert!(emulated.contains("| this driver | HashiCorp's exec2 | ratio |"));
+    assert!(emulated.contains("| this driver | HashiCorp's exec2 | to this driver |"));
+    for figure in Figure::ALL {
+        // These two have tables of their own making.
+        let is_whole = matches!(figure.part, Part::Bursts) || figure.id == Id::FirstInstruction;
+        assert!(is_whole || page.contains(figure.title), "{}", figure.title);
+    }
     assert!(!page.contains("NaN"), "{page}");
     for chart in &files[1..] {
         assert!(chart.1.starts_with("<svg") && chart.1.contains("this driver"));
@@ -116,7 +135,10 @@ fn a_budget_is_met_or_missed() {
     }
     page.clear();
     budgets::table(&raw, &mut page).unwrap();
-    assert!(line(&page).ends_with("| 400 | **missed** |"), "{page}");
+    assert!(
+        line(&page).ends_with("| 400 (400 to 400) | **missed** |"),
+        "{page}"
+    );
 }
 
 #[test]
