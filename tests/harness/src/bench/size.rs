@@ -120,7 +120,7 @@ impl Size {
             (Asked::Full, Controllers::All) => Size {
                 rounds: 40,
                 limits_mhz: LIMITS_MHZ.to_vec(),
-                limited_rounds: 5,
+                limited_rounds: 3,
                 crowds: vec![0, 1, 50],
                 crowd_rounds: 10,
                 idle_sec: 30,
