@@ -410,6 +410,7 @@ pub const THREATS: &[Threat] = &[
         tests: &[
             "guests::view::the_agents_secrets_stay_with_the_agent",
             "guests::compat::no_file_of_a_task_s_own_forges_its_exit_code",
+            "guests::attacks::around::the_end_is_told_when_a_crowd_takes_all_the_memory",
         ],
     },
     Threat {
@@ -455,6 +456,8 @@ pub const THREATS: &[Threat] = &[
             "launch::confine::a_link_planted_in_the_tasks_directory_does_not_lead_out_of_it",
             "launch::volumes::a_link_that_a_task_planted_does_not_lead_a_volume_out_of_its_directory",
             "launch::stdio::a_link_in_place_of_a_log_pipe_is_refused",
+            "guests::attacks::around::a_directory_that_is_swapped_leads_no_session_out",
+            "guests::attacks::around::a_directory_that_is_swapped_leads_no_start_out",
         ],
     },
     Threat {
@@ -465,6 +468,7 @@ pub const THREATS: &[Threat] = &[
         tests: &[
             "guests::surroundings::a_volume_that_cannot_be_laid_fails_the_start",
             "launch::stdio::a_volume_is_not_taken_for_the_journal",
+            "guests::attacks::around::root_s_code_reads_nothing_of_a_volume",
         ],
     },
     Threat {
