@@ -202,3 +202,32 @@ fn each_attack_is_tried_and_what_is_open_is_said() {
         }
     }
 }
+
+/// Words that no test has, so that each of them is judged as it is.
+#[test]
+fn only_a_refusal_counts_as_one() {
+    use attacks::{Control, Kernel, Outcome, Whose, judge};
+    let attempt = &THREATS[0].attempts[0];
+    assert_eq!(
+        (attempt.verdict, attempt.control),
+        (Verdict::Stopped, Control::Succeeds)
+    );
+    let kernel = |whose| Kernel { abi: 1, whose };
+    let said = |line| Outcome::parse(line).map(|(_, outcome)| outcome);
+    let stopped = said("x stopped: Permission denied");
+    assert_eq!(
+        judge(attempt, stopped, kernel(Whose::Own)).unwrap(),
+        "stopped (Permission denied)"
+    );
+    for line in [
+        "x succeeded",
+        "x untried: it died of signal 14 with code 0",
+        "x untried: there is no such attempt at -e line 2.",
+        "x stopped: Invalid argument",
+        "x",
+    ] {
+        for whose in [Whose::Own, Whose::Host] {
+            judge(attempt, said(line), kernel(whose)).unwrap_err();
+        }
+    }
+}

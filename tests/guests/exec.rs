@@ -123,7 +123,11 @@ impl Talk {
         Ok(Talk::open(agent, &task.id(), shell(script), Terminal::No).await?)
     }
 
-    async fn send(&self, data: &[u8]) -> Result<()> {
+    pub async fn command(agent: &Agent, task: &Task, command: Vec<String>) -> Result<Talk> {
+        Ok(Talk::open(agent, &task.id(), command, Terminal::No).await?)
+    }
+
+    pub async fn send(&self, data: &[u8]) -> Result<()> {
         Ok(self.sender.send(stdin(data, false)).await?)
     }
 
@@ -160,7 +164,7 @@ impl Talk {
         )
     }
 
-    async fn says(&mut self, text: &str) -> Result<()> {
+    pub async fn says(&mut self, text: &str) -> Result<()> {
         let begun = Instant::now();
         while !self.said().contains(text) {
             // Heartbeats come again and again.
@@ -644,16 +648,25 @@ fn a_task_has_many_sessions_and_not_too_many(context: &Context) -> Result<()> {
     })
 }
 
-/// What a script check, and a template's change_script, get.
 async fn script(
     agent: &Agent,
     id: &str,
     script: &str,
     seconds: i64,
 ) -> Result<(String, i32), Status> {
+    run_as_check(agent, id, shell(script), seconds).await
+}
+
+/// What a script check, and a template's change_script, get: the end of what the command printed, and its exit code.
+pub async fn run_as_check(
+    agent: &Agent,
+    id: &str,
+    command: Vec<String>,
+    seconds: i64,
+) -> Result<(String, i32), Status> {
     let request = ExecTaskRequest {
         task_id: id.into(),
-        command: shell(script),
+        command,
         timeout: Some(prost_types::Duration { seconds, nanos: 0 }),
     };
     let connection = agent.connection().expect("a connection");

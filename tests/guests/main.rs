@@ -69,6 +69,7 @@ fn main() -> ExitCode {
         bad_input::CASES,
         hostile::CASES,
         attacks::CASES,
+        attacks::around::CASES,
         compat::CASES,
         versions::CASES,
         agent::CASES,

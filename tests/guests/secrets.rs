@@ -3,19 +3,26 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::{Agent, Allocation, Config};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use nomad_driver_exec2::plan::steps::Step;
 
+use crate::calls::{Calls, Place};
 use crate::case;
-use crate::nomad::{Job, Scope, agent, refusal, said, until};
+use crate::exec::Talk;
+use crate::nomad::{Job, Scope, proc_file, refusal, said, status, until};
+use crate::steps::Breakpoints;
 
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_secret_is_where_its_owner_is_and_nowhere_else),
+    case!(Speed, Ours, an_exit_record_holds_no_secret),
     case!(Limits, Ours, nothing_of_ours_leaves_a_core),
 ];
 
@@ -32,6 +39,8 @@ struct Canaries {
     env: String,
     /// In a file of its secrets.
     file: String,
+    /// Typed into a session, and in the environment of its command.
+    session: String,
     /// In the agent's environment, and kept from tasks by Nomad.
     plugin: String,
 }
@@ -41,12 +50,13 @@ impl Canaries {
         Ok(Canaries {
             env: canary("env")?,
             file: canary("file")?,
+            session: canary("session")?,
             plugin: canary("plugin")?,
         })
     }
 
     fn ensure_none_in(&self, what: &str, bytes: &[u8]) -> Result<()> {
-        for canary in [&self.env, &self.file, &self.plugin] {
+        for canary in [&self.env, &self.file, &self.session, &self.plugin] {
             ensure!(!holds(bytes, canary), "{canary} is in {what}");
         }
         Ok(())
@@ -89,9 +99,11 @@ fn a_secret_is_where_its_owner_is_and_nowhere_else(context: &Context) -> Result<
             })
             .await?;
             look_inside(&canaries, &alloc)?;
+            let session = session(&canaries, &agent, &alloc).await?;
             look_at_processes(&canaries, &agent, &alloc).await?;
             look_at_files(&canaries, &alloc)?;
             look_from_a_neighbour(&canaries, &agent, &alloc).await?;
+            drop(session);
             alloc.stop().await?;
         }
         let refused = refusal(&agent, &canaries.job("true").unveil(&["r:/nope"])).await?;
@@ -112,29 +124,74 @@ fn look_inside(canaries: &Canaries, alloc: &Allocation) -> Result<()> {
     Ok(())
 }
 
+/// Open until it is dropped. Its command has what the task has, and what was typed.
+async fn session(canaries: &Canaries, agent: &Agent, alloc: &Allocation) -> Result<Talk> {
+    let script = "read word; export EXEC2_SESSION=\"$word\"; echo ready; exec sleep 600";
+    let mut talk = Talk::shell(agent, alloc.only_task()?, script).await?;
+    talk.send(format!("{}\n", canaries.session).as_bytes())
+        .await?;
+    talk.says("ready").await?;
+    let scope = Scope::of(alloc.only_task()?)?;
+    until("the command has it", || {
+        let environ = fs::read(format!("/proc/{}/environ", in_session(&scope)?)).ok()?;
+        holds(&environ, &canaries.session).then_some(())
+    })
+    .await?;
+    Ok(talk)
+}
+
+/// The one process of the task's one session.
+fn in_session(scope: &Scope) -> Option<u32> {
+    let pids = fs::read_to_string(scope.dir.join("exec-1/cgroup.procs")).ok()?;
+    pids.trim_end().parse().ok()
+}
+
+fn pids() -> Result<Vec<u32>> {
+    let names = fs::read_dir("/proc")?
+        .flatten()
+        .map(|entry| entry.file_name());
+    Ok(names
+        .filter_map(|name| name.to_string_lossy().parse().ok())
+        .collect())
+}
+
+/// Processes of the driver's that have this name.
+fn named(name: &str) -> Result<Vec<u32>> {
+    let mut pids = pids()?;
+    pids.retain(|pid| proc_file(*pid, "comm").is_ok_and(|comm| comm == name));
+    Ok(pids)
+}
+
 async fn look_at_processes(canaries: &Canaries, agent: &Agent, alloc: &Allocation) -> Result<()> {
     let scope = Scope::of(alloc.only_task()?)?;
     let (supervisor, main) = (scope.supervisor()?, scope.main()?);
+    let session = in_session(&scope).context("a session")?;
     let plugin = agent.plugin_pid().await.context("the plugin runs")?;
-    let mut owners = (0, 0);
-    for entry in fs::read_dir("/proc")? {
-        let Ok(pid) = entry?.file_name().to_string_lossy().parse::<u32>() else {
-            continue;
-        };
+    for name in ["exec2-session", "exec2-idle"] {
+        ensure!(named(name)?.len() == 1, "{name}: {:?}", named(name)?);
+    }
+    let (mut told, mut typed, mut own) = (Vec::new(), Vec::new(), Vec::new());
+    for pid in pids()? {
         let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
         canaries.ensure_none_in(&format!("the arguments of {pid}"), &read("cmdline"))?;
         let environ = read("environ");
         ensure!(!holds(&environ, &canaries.file), "the environment of {pid}");
-        if holds(&environ, &canaries.env) {
-            ensure!(pid == main, "{pid} has the task's environment");
-            owners.0 += 1;
-        }
-        if holds(&environ, &canaries.plugin) {
-            ensure!(pid == plugin, "{pid} has the plugin's environment");
-            owners.1 += 1;
+        for (canary, owners) in [
+            (&canaries.env, &mut told),
+            (&canaries.session, &mut typed),
+            (&canaries.plugin, &mut own),
+        ] {
+            if holds(&environ, canary) {
+                owners.push(pid);
+            }
         }
     }
-    ensure!(owners == (1, 1), "nothing was looked at: {owners:?}");
+    let mut of_the_task = vec![main, session];
+    of_the_task.sort_unstable();
+    told.sort_unstable();
+    ensure!(told == of_the_task, "{told:?}, not {of_the_task:?}");
+    ensure!(typed == [session], "{typed:?}, not {session}");
+    ensure!(own == [plugin], "{own:?}, not {plugin}");
     ensure!(fs::read(format!("/proc/{supervisor}/environ"))?.is_empty());
     Ok(())
 }
@@ -229,6 +286,34 @@ fn look_at_logs(canaries: &Canaries, agent: &Agent) -> Result<()> {
     canaries.ensure_none_in("the journal", &journal.stdout)
 }
 
+/// It lies there until Nomad has heard of the end.
+fn an_exit_record_holds_no_secret(context: &Context) -> Result<()> {
+    let canaries = Canaries::new()?;
+    context.block_on(async {
+        let agent = crate::nomad::agent(context).await?;
+        let place = Place::new(&agent).await?;
+        let calls = Calls::of(&agent)?;
+        let mut config = place.task("test -n \"$EXEC2_CANARY\" && sleep 0.5 && exit 43");
+        config
+            .env
+            .insert("EXEC2_CANARY".into(), canaries.env.clone());
+        let id = config.id.clone();
+        calls.start(config).await?;
+        let record = Path::new("/run/nomad-driver-exec2/records").join(Scope::of_id(&id)?.unit);
+        let before = fs::read(&record)?;
+        let exit = calls.end(&id).await?;
+        ensure!(exit.code == 43, "{exit:?}");
+        let after = fs::read(&record)?;
+        ensure!(before != after, "the end is not in it: {after:?}");
+        for bytes in [before, after] {
+            canaries.ensure_none_in("the exit record", &bytes)?;
+        }
+        calls.destroy(&id, false).await?;
+        place.close().await?;
+        agent.finish().await
+    })
+}
+
 /// The kernel's handler of cores, put back with the value.
 struct Handler {
     dir: tempfile::TempDir,
@@ -280,17 +365,115 @@ fn is_open(pid: u32) -> Result<bool> {
     Ok(output.status.success())
 }
 
+/// What is no instruction, twice, and how far before the address at which a system call returns the first has to be.
+#[cfg(target_arch = "x86_64")]
+const NO_INSTRUCTION: (&[u8], u64) = (&[0x0f, 0x0b, 0x0f, 0x0b], 2);
+#[cfg(target_arch = "aarch64")]
+const NO_INSTRUCTION: (&[u8], u64) = (&[0; 8], 4);
+
+/// Has a process that waits in a system call fault. No other signal from outside than SIGKILL ends PID 1 of a namespace.
+async fn fault(what: &str, pid: u32) -> Result<()> {
+    let call = proc_file(pid, "syscall")?;
+    let (_, at) = call
+        .rsplit_once(" 0x")
+        .with_context(|| format!("{what} waits for nothing: {call}"))?;
+    let (bytes, before) = NO_INSTRUCTION;
+    let memory = fs::File::options()
+        .write(true)
+        .open(format!("/proc/{pid}/mem"))?;
+    memory.write_all_at(bytes, u64::from_str_radix(at, 16)? - before)?;
+    // The call is begun again.
+    let target = Pid::from_raw(pid.cast_signed());
+    kill(target, Signal::SIGSTOP)?;
+    until("it is stopped", || {
+        status(pid, "State").ok()?.starts_with('T').then_some(())
+    })
+    .await?;
+    kill(target, Signal::SIGCONT)?;
+    gone(what, pid).await
+}
+
+/// Crashes the one process of the driver's of this name, which knows what a task was told. It must leave nothing.
+async fn crash(handler: &Handler, name: &str) -> Result<()> {
+    let found = named(name)?;
+    let [pid] = found[..] else {
+        bail!("{name}: {found:?}")
+    };
+    fault(name, pid).await?;
+    ensure!(
+        !handler.taken().contains(&pid.to_string()),
+        "{name} left a core"
+    );
+    Ok(())
+}
+
+/// Control: PID 1 of a namespace that did not ask to leave none.
+async fn crash_another(handler: &Handler) -> Result<()> {
+    let mut unshare = Command::new("unshare")
+        .args(["--fork", "--pid", "--kill-child", "sleep", "604"])
+        .stdout(Stdio::null())
+        .spawn()?;
+    let parent = unshare.id().to_string();
+    let faulted = async {
+        let pid = until("it sleeps", || {
+            let mut asleep = named("sleep").ok()?.into_iter();
+            asleep.find(|pid| {
+                let waits = proc_file(*pid, "syscall").is_ok_and(|call| call.contains(" 0x"));
+                waits && status(*pid, "PPid").is_ok_and(|of| of == parent)
+            })
+        })
+        .await?;
+        fault("another", pid).await?;
+        ensure!(
+            handler.taken().contains(&pid.to_string()),
+            "no core of another is taken"
+        );
+        Ok(())
+    }
+    .await;
+    let _ = unshare.kill();
+    unshare.wait()?;
+    faulted
+}
+
+/// A core is taken before its process is a zombie.
+async fn gone(what: &str, pid: u32) -> Result<()> {
+    until(&format!("{what} has crashed"), || {
+        let state = status(pid, "State").unwrap_or_default();
+        (state.is_empty() || state.starts_with('Z')).then_some(())
+    })
+    .await
+}
+
 fn nothing_of_ours_leaves_a_core(context: &Context) -> Result<()> {
     let handler = Handler::new()?;
     context.block_on(async {
-        let agent = agent(context).await?;
-        let alloc = agent
-            .run(&Job::shell("echo up; exec sleep 600").text())
-            .await?;
-        let supervisor = Scope::of(alloc.only_task()?)?.supervisor()?;
+        let mut breakpoints = Breakpoints::new()?;
+        let agent = Agent::start(context.driver(), breakpoints.config.clone()).await?;
+        let job = Job::shell("echo up; exec sleep 600").text();
+        crash_another(&handler).await?;
+        {
+            let start = agent.run(&job);
+            tokio::pin!(start);
+            // It has read what the task is told, and has yet to enter its scope.
+            let reached = tokio::select! {
+                reached = breakpoints.until(Step::Filter) => reached?,
+                ended = &mut start => bail!("no such step: {ended:?}"),
+            };
+            crash(&handler, "exec2-launch").await?;
+            reached.go_on();
+            let (started, _) = breakpoints.all(async { Ok(start.await) }).await?;
+            let error = started.err().context("a start without a helper")?;
+            // Nobody killed it because it took too long.
+            let told = format!("{error:#}");
+            ensure!(told.contains("the helper ended before"), "{told}");
+        }
+        let (alloc, _) = breakpoints.all(agent.run(&job)).await?;
+        let task = alloc.only_task()?;
+        let supervisor = Scope::of(task)?.supervisor()?;
         // Nobody can make PID 1 of a namespace crash from outside.
         until("the supervisor has given up its capabilities", || {
-            let caps = crate::nomad::status(supervisor, "CapPrm").ok()?;
+            let caps = status(supervisor, "CapPrm").ok()?;
             (caps.trim_start_matches('0').is_empty()).then_some(())
         })
         .await?;
@@ -314,19 +497,26 @@ fn nothing_of_ours_leaves_a_core(context: &Context) -> Result<()> {
         })
         .await?;
 
+        let session = async {
+            let mut talk = Talk::shell(&agent, task, "echo up; exec sleep 600").await?;
+            talk.says("up").await?;
+            Ok(talk)
+        };
+        let (talk, _) = breakpoints.all(session).await?;
+        breakpoints.all(crash(&handler, "exec2-session")).await?;
+        drop(talk);
+        breakpoints.all(crash(&handler, "exec2-idle")).await?;
+
         let plugin = agent.abort_plugin().await?;
-        until("the plugin has crashed", || {
-            let state = crate::nomad::status(plugin, "State").unwrap_or_default();
-            (state.is_empty() || state.starts_with('Z')).then_some(())
-        })
-        .await?;
-        let failed = agent.kill_plugin().await?;
+        gone("the plugin", plugin).await?;
+        let (failed, _) = breakpoints.all(agent.kill_plugin()).await?;
         ensure!(failed.is_empty(), "{failed:?}");
         ensure!(
             !handler.taken().contains(&plugin.to_string()),
             "the plugin left a core"
         );
-        alloc.stop().await?;
-        agent.finish().await
+        breakpoints.all(alloc.stop()).await?;
+        breakpoints.all(agent.finish()).await?;
+        Ok(())
     })
 }

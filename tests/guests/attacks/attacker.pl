@@ -1,6 +1,6 @@
 # What a hostile task tries. Runs the attempts that its arguments name, each in a process of its own, and tells for each of
-# them "NAME succeeded" or "NAME stopped: REASON". The numbers of system calls are put before it as %sys.
-# Perl is in every Debian and needs no library to call the kernel.
+# them "NAME succeeded", "NAME stopped: REASON", or "NAME untried: REASON" where this program is at fault. The numbers of
+# system calls are put before it as %sys. Perl is in every Debian and needs no library to call the kernel.
 
 use strict;
 use warnings;
@@ -125,6 +125,17 @@ sub open_by_ring {
     done(length $bytes);
 }
 
+# FS_IOC_GETFLAGS and FS_IOC_SETFLAGS. Nobody removes a file as long as it has the flag, so it is taken away again.
+sub make_immutable {
+    my ($path) = @_;
+    done(open my $file, "<", $path);
+    my $flags = pack("l!", 0);
+    done(ioctl $file, 0x80086601, $flags);
+    my $immutable = pack("l!", unpack("l!", $flags) | 0x10);
+    done(ioctl $file, 0x40086602, $immutable);
+    done(ioctl $file, 0x40086602, $flags);
+}
+
 # Whether it is gone, or stands still, a moment later.
 sub harmed {
     select undef, undef, undef, 0.1;
@@ -152,6 +163,12 @@ my %attempt = (
         sub { my $file = path_descriptor("$ground/open"); done(chmod 04777, "/proc/self/fd/" . fileno $file) },
     "change-owner"  => sub { done(chown 1, 1, "$ground/open") },
     "change-times"  => sub { done(utime 1, 1, "$ground/open") },
+    "make-immutable" => sub { make_immutable("$ground/setuid") },
+    "make-own-file-immutable" => sub {
+        done(open my $file, ">", "$own/immutable");
+        make_immutable("$own/immutable");
+    },
+    "rename-own-directory" => sub { done(rename $own, "$own.away") },
     "give-capability" =>
         sub { call("setxattr", "$ground/program", "security.capability", pack("V5", 0x02000001, 1, 0, 0, 0), 20, 0) },
     "open-by-handle" => sub {
@@ -166,6 +183,13 @@ my %attempt = (
     "character-device-node" => sub { call("mknodat", AT_FDCWD, "$own/kmsg", 0020600, 0x10b) },
     "device-outside-of-dev" => sub { done(open my $file, "+<", "$ground/devices/null") },
     "change-device-mode"    => sub { done(chmod 0666, "/dev/null") },
+    # A pipe, a socket and a terminal are of its own. Each change by itself: who may not make the first may make the last.
+    "change-input-mode" => sub {
+        my %stream  = ("/dev/stdin" => \*STDIN, "/dev/stdout" => \*STDOUT, "/dev/stderr" => \*STDERR);
+        my @devices = grep { -c $stream{$_} && !-t $stream{$_} } keys %stream;
+        @devices or die "pipes of its own\n";
+        done(chmod(0, @devices) + chown(1, 1, @devices) + utime(1, 1, @devices) + utime(undef, undef, @devices));
+    },
     "kernel-memory"         => sub { read_file("/proc/kcore") },
 
     # Other processes, and the task's supervisor.
@@ -272,14 +296,16 @@ for my $name (@ARGV) {
     my $pid = fork // die "fork: $!";
     if ($pid) {
         waitpid $pid, 0;
-        print "$name stopped: it died of signal $?\n" if $? != 0;
+        print "$name untried: it died of signal ", $? & 127, " with code ", $? >> 8, "\n" if $? != 0;
         next;
     }
-    alarm 20;
+    alarm 60;
     my $what = $attempt{$name};
-    my $succeeded = eval { $what ? $what->() : die "there is no such attempt\n" };
-    my $why = $@ =~ s/\s+/ /gr;
-    print $succeeded ? "$name succeeded\n" : "$name stopped: $why\n";
+    my $succeeded = eval { $what ? $what->() : die "there is no such attempt" };
+    my $why = $@ =~ s/\s+/ /gr || "it came to nothing";
+    # Perl tells where in the program it is at fault; a refusal comes without.
+    my $end = $why =~ / at -e line \d+/ || $@ eq "" ? "untried" : "stopped";
+    print $succeeded ? "$name succeeded\n" : "$name $end: $why\n";
     POSIX::_exit(0);
 }
 exit 7;

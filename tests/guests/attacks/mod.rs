@@ -1,6 +1,7 @@
 //! Hostile tasks: all that a program can try, by every kind of user, judged from what the program and the host say. Each
 //! attempt is made without the driver as well, to see that it is one.
 
+pub mod around;
 mod stage;
 pub mod table;
 
@@ -9,19 +10,21 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use harness::guest::{Case, Context};
-use harness::nomad::{Agent, Config};
+use anyhow::{Context as _, Result, ensure};
+use harness::guest::{Case, Context, Kind};
+use harness::nomad::{Agent, Config, Task};
 
 use crate::case;
+use crate::exec::{Talk, run_as_check};
 use crate::nomad::{Job, agent, to_end};
 use stage::{GROUND, Stage, Victim, prelude};
-use table::{Attempt, Control, THREATS, Verdict, Who};
+use table::{Attempt, Control, Kernel, Outcome, THREATS, Who, Whose, judge};
 
 pub const CASES: &[Case] = &[
     case!(Everywhere, Ours, a_hostile_task_succeeds_in_nothing, Long),
+    case!(Both, Ours, a_hostile_session_succeeds_in_nothing, Long),
     case!(
         Speed,
         Ours,
@@ -29,7 +32,7 @@ pub const CASES: &[Case] = &[
         Long
     ),
     case!(
-        ProgramLimits,
+        Kernel,
         Ours,
         each_attempt_succeeds_on_a_kernel_of_its_own,
         Long
@@ -41,6 +44,9 @@ const ATTACKER: &str = include_str!("attacker.pl");
 
 /// Those that may be given to root without giving it the host: files and devices stay closed.
 const ALLOWED: &str = r#"["ipc_lock", "linux_immutable", "mknod", "net_admin", "sys_nice"]"#;
+
+/// What `attacker.pl` ends with when it has tried all that it was to try.
+const LAST_WORD: i32 = 7;
 
 const NOBODY: u32 = 65_534;
 /// No user of the guest's has it, nor does a task.
@@ -61,31 +67,68 @@ fn name(who: Who) -> &'static str {
     }
 }
 
-/// What each attempt came to: nothing, or why it was stopped.
-fn outcomes(said: &str) -> BTreeMap<&str, Option<&str>> {
-    let outcome = |line| {
-        if let Some((name, why)) = str::split_once(line, " stopped: ") {
-            return Some((name, Some(why.trim())));
+/// How somebody comes to run a program in a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// As its command.
+    Command,
+    /// By `nomad alloc exec`.
+    Session,
+    /// As the script of a check or a template.
+    Script,
+}
+
+impl Way {
+    fn of(self, who: Who) -> String {
+        match self {
+            Way::Command => name(who).into(),
+            Way::Session => format!("{}, in a session", name(who)),
+            Way::Script => format!("{}, in a script", name(who)),
         }
-        Some((line.strip_suffix(" succeeded")?, None))
-    };
-    said.lines().filter_map(outcome).collect()
+    }
+}
+
+fn whose_kernel(context: &Context) -> Whose {
+    match context.guest().kind {
+        Kind::Nspawn => Whose::Host,
+        Kind::Qemu => Whose::Own,
+    }
+}
+
+fn outcomes(said: &str) -> BTreeMap<&str, Outcome<'_>> {
+    said.lines().filter_map(Outcome::parse).collect()
 }
 
 fn a_hostile_task_succeeds_in_nothing(context: &Context) -> Result<()> {
+    let everybody = table::TASKS.iter().map(|who| (*who, Way::Command));
+    succeed_in_nothing(context, &everybody.collect::<Vec<_>>())
+}
+
+/// What a session has is put together anew, by another helper than a task's.
+fn a_hostile_session_succeeds_in_nothing(context: &Context) -> Result<()> {
+    let ways = [Way::Session, Way::Script];
+    let everybody = [Who::Dynamic, Who::Root].map(|who| ways.map(|way| (who, way)));
+    succeed_in_nothing(context, everybody.as_flattened())
+}
+
+fn succeed_in_nothing(context: &Context, everybody: &[(Who, Way)]) -> Result<()> {
     let mut wrong = Vec::new();
     let mut heard = Vec::new();
-    for who in table::TASKS {
-        let (said, changed) = context.block_on(attack(context, *who))?;
+    for (who, way) in everybody {
+        let (said, changed) = context.block_on(attack(context, *who, *way))?;
         if let Some(changed) = changed {
-            wrong.push(format!("{}: the host is another:\n{changed}", name(*who)));
+            wrong.push(format!("{}: the host is another:\n{changed}", way.of(*who)));
         }
-        heard.push((*who, said));
+        heard.push((who, way.of(*who), said));
     }
     let heard: Vec<_> = heard
         .iter()
-        .map(|(who, said)| (who, outcomes(said)))
+        .map(|(who, whose, said)| (who, whose, outcomes(said)))
         .collect();
+    let kernel = Kernel {
+        abi: nomad_driver_exec2::sys::landlock_abi().context("no Landlock")?,
+        whose: whose_kernel(context),
+    };
     for threat in THREATS {
         context.note(format!(
             "{} ({}): {}",
@@ -93,17 +136,18 @@ fn a_hostile_task_succeeds_in_nothing(context: &Context) -> Result<()> {
         ));
         for attempt in threat.attempts {
             let mut told: BTreeMap<String, Vec<&str>> = BTreeMap::new();
-            for (who, outcomes) in heard.iter().filter(|(who, _)| attempt.who.contains(who)) {
-                match judge(attempt, outcomes.get(attempt.name)) {
-                    Ok(outcome) => told.entry(outcome).or_default().push(name(**who)),
-                    Err(error) => wrong.push(format!("{}: {}: {error}", name(**who), attempt.name)),
+            let heard = heard.iter().filter(|(who, ..)| attempt.who.contains(who));
+            for (_, whose, outcomes) in heard {
+                match judge(attempt, outcomes.get(attempt.name).copied(), kernel) {
+                    Ok(outcome) => told.entry(outcome).or_default().push(whose),
+                    Err(error) => wrong.push(format!("{whose}: {}: {error}", attempt.name)),
                 }
             }
             for (outcome, whose) in told {
                 context.note(format!(
                     "  {}: {outcome}: {}",
                     attempt.name,
-                    whose.join(", ")
+                    whose.join("; ")
                 ));
             }
         }
@@ -115,24 +159,9 @@ fn a_hostile_task_succeeds_in_nothing(context: &Context) -> Result<()> {
     Ok(())
 }
 
-/// What an attempt came to, if that is right.
-fn judge(attempt: &Attempt, outcome: Option<&Option<&str>>) -> Result<String> {
-    let abi = nomad_driver_exec2::sys::landlock_abi().context("no Landlock")?;
-    match (outcome.context("it is missing")?, attempt.verdict) {
-        (Some("there is no such attempt"), _) => bail!("nobody knows how"),
-        (Some(why), _) => Ok(format!("stopped ({why})")),
-        (None, Verdict::ByDesign(words)) => Ok(format!("by design ({words})")),
-        (None, Verdict::Stopped) if attempt.from_abi > abi => {
-            Ok(format!("open before ABI {}", attempt.from_abi))
-        }
-        (None, Verdict::Stopped) => bail!("it succeeded"),
-    }
-}
-
-/// Runs a task that tries all that is for it to try. Gives what it printed, and what the files are if they changed.
-async fn attack(context: &Context, who: Who) -> Result<(String, Option<String>)> {
+/// Tries in a task all that is for its user to try. Gives what was printed, and what the files are if they changed.
+async fn attack(context: &Context, who: Who, way: Way) -> Result<(String, Option<String>)> {
     let stage = Stage::new(NOBODY)?;
-    let names: Vec<&str> = attempts(who).map(|attempt| attempt.name).collect();
     let mut neighbour = Victim::new(if who == Who::Named { NOBODY } else { 0 }, 300)?;
     let allow = match who {
         Who::RootWithCaps => format!("allow_user_namespaces = true\nallow_caps = {ALLOWED}"),
@@ -152,9 +181,12 @@ async fn attack(context: &Context, who: Who) -> Result<(String, Option<String>)>
     }
     let allocs = data.join("alloc").display().to_string();
     let script = format!("{}{ATTACKER}", prelude());
-    let mut arguments = vec!["-e", &script];
-    arguments.extend(&names);
-    let job = Job::command("perl", &arguments)
+    let names: Vec<&str> = attempts(who).map(|attempt| attempt.name).collect();
+    let job = match way {
+        Way::Command => Job::command("perl", &[&["-e", &script], names.as_slice()].concat()),
+        Way::Session | Way::Script => Job::command("sleep", &["600"]),
+    };
+    let job = job
         .unveil(&[
             &format!("rw:{GROUND}/devices"),
             &format!("rx:{GROUND}/setuid"),
@@ -174,18 +206,55 @@ async fn attack(context: &Context, who: Who) -> Result<(String, Option<String>)>
     let text = job.text().replace("/NOMAD_ALLOC_ID", "/${NOMAD_ALLOC_ID}");
     let before = stage.files()?;
     let alloc = agent.run(&text).await?;
-    let exit = alloc.only_task()?.wait().await?;
+    let task = alloc.only_task()?;
+    let said = match way {
+        Way::Command => {
+            let exit = task.wait().await?;
+            ensure!(
+                exit.code == LAST_WORD && exit.signal == 0,
+                "its end is not the one it had: {exit:?}\n{}\n{}",
+                alloc.stdout("t")?,
+                alloc.stderr("t")?
+            );
+            alloc.stdout("t")?
+        }
+        Way::Session | Way::Script => {
+            let said = attack_in_sessions(&agent, task, way, &script, &names).await?;
+            ensure!(task.exit().is_none(), "the task is gone: {:?}", task.exit());
+            said
+        }
+    };
     alloc.stop().await?;
-    let said = alloc.stdout("t")?;
-    let complaints = alloc.stderr("t")?;
-    ensure!(
-        exit.code == 7 && exit.signal == 0,
-        "its end is not the one it had: {exit:?}\n{said}\n{complaints}"
-    );
     neighbour.expect_unharmed()?;
     let after = stage.files()?;
     agent.finish().await?;
     Ok((said, (after != before).then_some(after)))
+}
+
+/// A script's output is cut to its last 4096 bytes.
+const ATTEMPTS_A_SESSION: usize = 25;
+
+async fn attack_in_sessions(
+    agent: &Agent,
+    task: &Task,
+    way: Way,
+    script: &str,
+    names: &[&str],
+) -> Result<String> {
+    let mut all = String::new();
+    for names in names.chunks(ATTEMPTS_A_SESSION) {
+        let command = [&["perl", "-e", script], names].concat();
+        let command: Vec<String> = command.into_iter().map(str::to_owned).collect();
+        if way == Way::Script {
+            let (said, code) = run_as_check(agent, &task.id(), command, 120).await?;
+            ensure!(code == LAST_WORD, "{code}: {said}");
+            all.push_str(&said);
+        } else {
+            let talk = Talk::command(agent, task, command).await?;
+            all.push_str(&talk.ends_with(LAST_WORD).await?);
+        }
+    }
+    Ok(all)
 }
 
 fn each_attempt_succeeds_where_nothing_stops_it(context: &Context) -> Result<()> {
@@ -199,9 +268,10 @@ fn each_attempt_succeeds_on_a_kernel_of_its_own(context: &Context) -> Result<()>
 
 /// As whoever a task would be, but with nothing around it.
 fn succeed_unhindered(context: &Context, is_tried: fn(Control) -> bool) -> Result<()> {
+    let whose = whose_kernel(context);
     context.block_on(async {
         let agent = agent(context).await?;
-        let mut wrong = Vec::new();
+        let (mut wrong, mut succeeded) = (Vec::new(), Vec::new());
         for (who, uid) in [
             (Who::Dynamic, DYNAMIC),
             (Who::Named, NOBODY),
@@ -212,15 +282,15 @@ fn succeed_unhindered(context: &Context, is_tried: fn(Control) -> bool) -> Resul
                 |attempt: &&Attempt| who == Who::Dynamic && attempt.who.contains(&Who::Named);
             let attempts = attempts(who).filter(|attempt| !is_told(attempt));
             for attempt in attempts.filter(|attempt| is_tried(attempt.control)) {
-                let why = unhindered(attempt, uid)?;
-                match (why, attempt.control) {
-                    (None, _) => {}
-                    (Some(why), Control::Depends(reason)) => {
-                        context.note(format!("{}, {}: {why}; {reason}", name(who), attempt.name));
+                let words = format!("{}, {}", name(who), attempt.name);
+                match (unhindered(attempt, uid)?.as_deref(), attempt.control) {
+                    (None, _) => succeeded.push(words),
+                    (Some(why), Control::Depends(reason))
+                        if whose == Whose::Host && !why.starts_with(UNTRIED) =>
+                    {
+                        context.note(format!("{words}: {why}; {reason}"));
                     }
-                    (Some(why), Control::Succeeds) => {
-                        wrong.push(format!("{}, {}: {why}", name(who), attempt.name));
-                    }
+                    (Some(why), _) => wrong.push(format!("{words}: {why}")),
                 }
             }
         }
@@ -229,9 +299,14 @@ fn succeed_unhindered(context: &Context, is_tried: fn(Control) -> bool) -> Resul
             "these are no attacks here:\n{}",
             wrong.join("\n")
         );
+        context.note(format!("succeeded: {}", succeeded.join("; ")));
+        ensure!(succeeded.len() > 10, "{succeeded:?}");
         agent.finish().await
     })
 }
+
+/// What is said first of an attempt that was none.
+const UNTRIED: &str = "not tried: ";
 
 /// Why an attempt failed, if it did.
 fn unhindered(attempt: &Attempt, uid: u32) -> Result<Option<String>> {
@@ -245,15 +320,19 @@ fn unhindered(attempt: &Attempt, uid: u32) -> Result<Option<String>> {
         .env("ATTACK_ALLOCS", format!("{GROUND}/allocs"))
         .env("NOMAD_ALLOC_ID", "control")
         .env("NOMAD_ALLOC_DIR", format!("{GROUND}/alloc"))
-        .env("NOMAD_TASK_DIR", format!("{GROUND}/task"))
+        .env("NOMAD_TASK_DIR", format!("{GROUND}/own/task"))
         .uid(uid)
         .gid(uid)
+        .stdin(Stdio::null())
         .output()?;
     let said = String::from_utf8_lossy(&output.stdout);
-    ensure!(output.status.code() == Some(7), "{output:?}");
+    ensure!(output.status.code() == Some(LAST_WORD), "{output:?}");
     let outcomes = outcomes(&said);
-    let outcome = outcomes.get(attempt.name).context("it said nothing")?;
-    Ok(outcome.map(str::to_owned))
+    match outcomes.get(attempt.name).context("it said nothing")? {
+        Outcome::Succeeded => Ok(None),
+        Outcome::Stopped(why) => Ok(Some((*why).to_owned())),
+        Outcome::Untried(why) => Ok(Some(format!("{UNTRIED}{why}"))),
+    }
 }
 
 /// The loader writes a file where its environment tells it to, as whoever runs the program.

@@ -99,7 +99,8 @@ impl Stage {
         for dir in [
             "dir",
             "devices",
-            "task",
+            "own",
+            "own/task",
             "alloc",
             "alloc/logs",
             "allocs/control/alloc/logs",
@@ -154,6 +155,11 @@ impl Stage {
         )?;
         let mut lines: Vec<&str> = listed.lines().collect();
         lines.sort_unstable();
+        let null = said(
+            "find",
+            &["/dev/null", "-printf", "%p %y %m %U %G %T@ %C@\\n"],
+        )?;
+        lines.push(&null);
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let mounts = mounts
             .lines()
@@ -179,6 +185,9 @@ fn clear() {
     for file in [RUN_SOCKET, QUEUE].iter().chain(&SHARED) {
         let _ = fs::remove_file(file);
     }
+    let null = Path::new("/dev/null");
+    let _ = chown(null, Some(0), Some(0));
+    let _ = open_to_all(null);
     let _ = Command::new("ipcrm")
         .args(["-M", "0x0e2e2e2e"])
         .stderr(Stdio::null())

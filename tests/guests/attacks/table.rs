@@ -30,6 +30,7 @@ pub const ROOTS: &[Who] = &[Who::Root, Who::RootWithCaps];
 /// Whom the file that is attacked belongs to, or who needs not own it.
 const OWNERS: &[Who] = &[Who::Named, Who::Root, Who::RootWithCaps];
 const PLAIN_ROOT: &[Who] = &[Who::Root];
+const CAPPED_ROOT: &[Who] = &[Who::RootWithCaps];
 
 /// What an attempt of `attacker.pl` must come to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,11 +40,87 @@ pub enum Verdict {
     ByDesign(&'static str),
 }
 
+/// What `attacker.pl` says that an attempt came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome<'a> {
+    Succeeded,
+    Stopped(&'a str),
+    /// The program that tries is at fault: it died, or does not know how.
+    Untried(&'a str),
+}
+
+impl Outcome<'_> {
+    /// The attempt's name, and the outcome, of a line of what the program says.
+    pub fn parse(line: &str) -> Option<(&str, Outcome<'_>)> {
+        let told = |word| line.split_once(word);
+        if let Some((name, why)) = told(" untried: ") {
+            return Some((name, Outcome::Untried(why.trim())));
+        }
+        if let Some((name, why)) = told(" stopped: ") {
+            return Some((name, Outcome::Stopped(why.trim())));
+        }
+        Some((line.strip_suffix(" succeeded")?, Outcome::Succeeded))
+    }
+}
+
+/// How the kernel refuses, and what is found where a thing is hidden. Any other words are those of an attempt that was not
+/// understood, by which nothing is known.
+const REFUSALS: &[&str] = &[
+    "Permission denied",
+    "Operation not permitted",
+    "Read-only file system",
+    "No such file or directory",
+    "No such process",
+    "Connection refused",
+    "Device or resource busy",
+    "Required key not available",
+];
+
+/// What tries meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kernel {
+    /// The ABI of its Landlock.
+    pub abi: u32,
+    pub whose: Whose,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// A machine's own.
+    Own,
+    /// A container's, which may lack what an attempt that depends on it asks for.
+    Host,
+}
+
+/// Whether an attempt came to what it must: in words for the report, or what is wrong.
+pub fn judge(
+    attempt: &Attempt,
+    outcome: Option<Outcome>,
+    kernel: Kernel,
+) -> Result<String, String> {
+    let may_lack = kernel.whose == Whose::Host && attempt.control != Control::Succeeds;
+    let is_refusal = |why: &str| {
+        let mut known = REFUSALS.iter().chain(attempt.refusals);
+        may_lack || known.any(|refusal| why.contains(refusal))
+    };
+    match (outcome, attempt.verdict) {
+        (None, _) => Err("it is missing".into()),
+        (Some(Outcome::Untried(why)), _) => Err(format!("it was not tried: {why}")),
+        (Some(Outcome::Stopped(why)), _) if is_refusal(why) => Ok(format!("stopped ({why})")),
+        (Some(Outcome::Stopped(why)), _) => Err(format!("that is no refusal: {why}")),
+        (Some(Outcome::Succeeded), Verdict::ByDesign(words)) => Ok(format!("by design ({words})")),
+        (Some(Outcome::Succeeded), Verdict::Stopped) if attempt.from_abi > kernel.abi => {
+            Ok(format!("open before ABI {}", attempt.from_abi))
+        }
+        (Some(Outcome::Succeeded), Verdict::Stopped) => Err("it succeeded".into()),
+    }
+}
+
 /// Whether an attempt succeeds where nothing stops it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Control {
     Succeeds,
-    /// Not on every kernel, for this reason.
+    /// A container's kernel may stop it, for this reason. A machine's own does not.
     Depends(&'static str),
 }
 
@@ -55,6 +132,8 @@ pub struct Attempt {
     pub control: Control,
     /// Before this ABI of Landlock it may succeed.
     pub from_abi: u32,
+    /// Words that are a refusal of this one.
+    pub refusals: &'static [&'static str],
 }
 
 impl Attempt {
@@ -63,6 +142,10 @@ impl Attempt {
             control: Control::Depends(reason),
             ..self
         }
+    }
+
+    const fn refused_as(self, refusals: &'static [&'static str]) -> Attempt {
+        Attempt { refusals, ..self }
     }
 
     const fn since_abi(self, from_abi: u32) -> Attempt {
@@ -77,6 +160,7 @@ const fn stopped(name: &'static str, who: &'static [Who]) -> Attempt {
         verdict: Verdict::Stopped,
         control: Control::Succeeds,
         from_abi: 1,
+        refusals: &[],
     }
 }
 
@@ -99,6 +183,7 @@ pub struct Threat {
 
 const NAMESPACES: &str = "A task that creates user namespaces, where they are allowed,";
 const KEYRINGS: &str = "**Keyrings of users.**";
+const ALLOWED_CAPABILITIES: &str = "**Capabilities that an operator allows**";
 const SMALL: &str = "a kernel may be built without it";
 const YAMA: &str = "Yama may close it to all but root";
 const CONTAINER: &str = "a container's host may withhold it";
@@ -146,8 +231,8 @@ pub const THREATS: &[Threat] = &[
             stopped("systemd-notify", TASKS),
             stopped("user-manager", TASKS),
             stopped("systemd-private", ROOTS),
-            stopped("start-service", ROOTS),
-            stopped("plugin-socket", ROOTS),
+            stopped("start-service", ROOTS).refused_as(&["Failed to connect"]),
+            stopped("plugin-socket", ROOTS).refused_as(&["no socket"]),
             stopped("socket-below-run", ROOTS),
             by_design(
                 "socket-outside-of-run",
@@ -204,6 +289,7 @@ pub const THREATS: &[Threat] = &[
             stopped("change-times", OWNERS),
             stopped("change-owner", ROOTS),
             stopped("give-capability", ROOTS),
+            stopped("make-immutable", ROOTS),
         ],
         tests: &["guests::view::root_changes_nothing_of_the_host"],
     },
@@ -211,7 +297,7 @@ pub const THREATS: &[Threat] = &[
         name: "a setuid program gives other rights",
         who: "users",
         stopped_by: "no_new_privs; nosuid",
-        attempts: &[stopped("setuid-program", USERS)],
+        attempts: &[stopped("setuid-program", USERS).refused_as(&["uid "])],
         tests: &[],
     },
     Threat {
@@ -244,6 +330,8 @@ pub const THREATS: &[Threat] = &[
             stopped("open-by-handle", ROOTS),
             stopped("configure-network", PLAIN_ROOT),
             stopped("forge-device-event", PLAIN_ROOT),
+            stopped("make-own-file-immutable", PLAIN_ROOT),
+            by_design("make-own-file-immutable", CAPPED_ROOT, ALLOWED_CAPABILITIES),
             stopped("core-pattern", ROOTS).depends(CONTAINER),
             stopped("sysrq", ROOTS).depends(CONTAINER),
             by_design("read-packets", ROOTS, "root reads and sends packets"),
@@ -272,7 +360,9 @@ pub const THREATS: &[Threat] = &[
         attempts: &[
             stopped("new-user-namespace", REFUSED_NAMESPACES).depends(SMALL),
             stopped("clone-user-namespace", REFUSED_NAMESPACES).depends(SMALL),
-            stopped("clone3-user-namespace", REFUSED_NAMESPACES).depends(SMALL),
+            stopped("clone3-user-namespace", REFUSED_NAMESPACES)
+                .depends(SMALL)
+                .refused_as(&["Function not implemented"]),
             by_design("new-user-namespace", ALLOWED_NAMESPACES, NAMESPACES).depends(SMALL),
         ],
         tests: &[
@@ -306,8 +396,8 @@ pub const THREATS: &[Threat] = &[
         who: "any task",
         stopped_by: "it is PID 1, undumpable, in another group and outside of the domain",
         attempts: &[
-            stopped("kill-supervisor", TASKS),
-            stopped("stop-supervisor", TASKS),
+            stopped("kill-supervisor", TASKS).refused_as(&["it goes on"]),
+            stopped("stop-supervisor", TASKS).refused_as(&["it goes on"]),
             stopped("trace-supervisor", TASKS).depends(YAMA),
             stopped("limit-supervisor", TASKS),
             stopped("sacrifice-supervisor", TASKS),
@@ -320,6 +410,7 @@ pub const THREATS: &[Threat] = &[
         tests: &[
             "guests::view::the_agents_secrets_stay_with_the_agent",
             "guests::compat::no_file_of_a_task_s_own_forges_its_exit_code",
+            "guests::attacks::around::the_end_is_told_when_a_crowd_takes_all_the_memory",
         ],
     },
     Threat {
@@ -343,7 +434,9 @@ pub const THREATS: &[Threat] = &[
             stopped("message-queue", TASKS),
             stopped("session-keyring", TASKS),
             by_design("user-keyring", ROOTS, KEYRINGS),
-            stopped("persistent-keyring", TASKS).depends(SMALL),
+            stopped("persistent-keyring", TASKS)
+                .depends(SMALL)
+                .refused_as(&["Operation not supported"]),
         ],
         tests: &["guests::view::tasks_do_not_meet_in_tmp"],
     },
@@ -358,11 +451,13 @@ pub const THREATS: &[Threat] = &[
         name: "links planted in the task's directory are followed by root",
         who: "author, any task",
         stopped_by: "everything below it is opened without following links",
-        attempts: &[],
+        attempts: &[stopped("rename-own-directory", TASKS)],
         tests: &[
             "launch::confine::a_link_planted_in_the_tasks_directory_does_not_lead_out_of_it",
             "launch::volumes::a_link_that_a_task_planted_does_not_lead_a_volume_out_of_its_directory",
             "launch::stdio::a_link_in_place_of_a_log_pipe_is_refused",
+            "guests::attacks::around::a_directory_that_is_swapped_leads_no_session_out",
+            "guests::attacks::around::a_directory_that_is_swapped_leads_no_start_out",
         ],
     },
     Threat {
@@ -373,6 +468,7 @@ pub const THREATS: &[Threat] = &[
         tests: &[
             "guests::surroundings::a_volume_that_cannot_be_laid_fails_the_start",
             "launch::stdio::a_volume_is_not_taken_for_the_journal",
+            "guests::attacks::around::root_s_code_reads_nothing_of_a_volume",
         ],
     },
     Threat {
@@ -385,8 +481,11 @@ pub const THREATS: &[Threat] = &[
     Threat {
         name: "a session of `nomad alloc exec` is a way out",
         who: "any task",
-        stopped_by: "its helper stays outside, undumpable, in another domain",
-        attempts: &[],
-        tests: &["guests::exec::a_task_gets_nothing_out_of_sessions_in_it"],
+        stopped_by: "its helper stays outside, undumpable, in another domain; it is given pipes, or what its own view has",
+        attempts: &[stopped("change-input-mode", TASKS).refused_as(&["pipes of its own"])],
+        tests: &[
+            "guests::attacks::a_hostile_session_succeeds_in_nothing",
+            "guests::exec::a_task_gets_nothing_out_of_sessions_in_it",
+        ],
     },
 ];
