@@ -1,15 +1,19 @@
 //! systemd over the bus, without the driver: the round trip that every start has to take, and a scope to watch a plugin in.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_stream::StreamExt as _;
 use zbus::{Connection, OwnedObjectPath, Variant, proxy};
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// The bus takes no more than 128 calls that are not answered yet of one connection.
+const CALLS_AT_ONCE: usize = 64;
 
 #[proxy(
     interface = "org.freedesktop.systemd1.Manager",
@@ -56,8 +60,13 @@ impl Bus {
         let mut removals = self.manager.receive_job_removed().await?;
         let begun = Instant::now();
         let mut calls = JoinSet::new();
+        let turns = Arc::new(Semaphore::new(CALLS_AT_ONCE));
         for (unit, pid) in processes.iter().cloned() {
-            calls.spawn(start(self.manager.clone(), unit, pid));
+            let (manager, turns) = (self.manager.clone(), turns.clone());
+            calls.spawn(async move {
+                let _turn = turns.acquire().await?;
+                start(manager, unit, pid).await
+            });
         }
         // An end may be told before the call that it is of is answered.
         let (mut begun_jobs, mut ended_jobs) = (HashSet::new(), HashSet::new());
