@@ -277,8 +277,10 @@ impl Figure {
             zeros: Zeros::Any,
             ..crowd(Id::AheadMemory, "private memory of the helper ahead", "KiB")
         },
+        // Memory stays with the cgroup that a process was in when it took it.
         Figure {
             needs: Needs::Controllers,
+            zeros: Zeros::Any,
             ..crowd(
                 Id::PluginCharged,
                 "memory charged to the plugin's cgroup",

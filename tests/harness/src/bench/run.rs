@@ -55,12 +55,12 @@ pub fn run(request: &Request) -> Result<()> {
     for guest in &request.guests {
         let mut raw = in_guest(*guest, &payload, request)?;
         raw.host.commit.clone_from(&commit);
-        let faults = raw.faults();
-        ensure!(faults.is_empty(), "{guest}: {}", faults.join("; "));
         let path = request.into.join(report::raw_name(&raw.guest));
         fs::create_dir_all(&request.into)?;
         fs::write(&path, raw.text()?).with_context(|| path.display().to_string())?;
         println!("{guest}: every sample is in {}", path.display());
+        let faults = raw.faults();
+        ensure!(faults.is_empty(), "{guest}: {}", faults.join("; "));
     }
     Ok(())
 }
