@@ -144,7 +144,6 @@ struct Look {
     plugin_kib: f64,
     descriptors: f64,
     threads: f64,
-    ahead_kib: f64,
     /// Without the controller, nothing is charged.
     charged_kib: Option<f64>,
     systemd_kib: f64,
@@ -160,7 +159,6 @@ impl Look {
             plugin_kib: kernel::resident_kib(ours.plugin)?,
             descriptors: kernel::descriptors(ours.plugin)?,
             threads: kernel::threads(ours.plugin)?,
-            ahead_kib: kernel::private_kib_of_children(ours.plugin)?,
             charged_kib: match Controllers::here()? {
                 Controllers::All => Some(ours.memory_kib()?),
                 Controllers::None => None,
@@ -179,7 +177,6 @@ impl Look {
             (Id::PluginThreads, self.threads),
             (Id::SystemdResident, self.systemd_kib),
             (Id::BusResident, self.bus_kib),
-            (Id::AheadMemory, self.ahead_kib),
         ];
         let charged = self.charged_kib.map(|kib| (Id::PluginCharged, kib));
         for (figure, value) in figures.into_iter().chain(charged) {

@@ -35,7 +35,6 @@ pub enum Id {
     CrowdCpuOfPlugin,
     CrowdCpuOfSystemd,
     CrowdPrivateMemory,
-    AheadMemory,
     PluginCharged,
     PluginResident,
     PluginDescriptors,
@@ -184,7 +183,7 @@ const fn crowd(id: Id, title: &'static str, unit: &'static str) -> Figure {
 }
 
 impl Figure {
-    pub const ALL: [Figure; 52] = [
+    pub const ALL: [Figure; 51] = [
         Figure {
             of: Of::All,
             ..figure(
@@ -273,10 +272,6 @@ impl Figure {
             ..in_crowd(Id::CrowdCpuOfSystemd, CPU_OF_SYSTEMD, "ms")
         },
         in_crowd(Id::CrowdPrivateMemory, PRIVATE_MEMORY, "KiB"),
-        Figure {
-            zeros: Zeros::Any,
-            ..crowd(Id::AheadMemory, "private memory of the helper ahead", "KiB")
-        },
         // Memory stays with the cgroup that a process was in when it took it.
         Figure {
             needs: Needs::Controllers,

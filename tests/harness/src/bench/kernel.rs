@@ -92,15 +92,6 @@ pub fn executes(cgroup: &Cgroup, command: &str) -> Result<bool> {
     }))
 }
 
-/// Of what a process has forked and still has.
-pub fn private_kib_of_children(pid: u32) -> Result<f64> {
-    let children = read(Path::new(&format!("/proc/{pid}/task/{pid}/children")))?;
-    children
-        .split_whitespace()
-        .map(|child| private_kib(child.parse()?))
-        .sum()
-}
-
 fn private_kib(pid: u32) -> Result<f64> {
     Ok(rollup(pid, "Private_Clean:")? + rollup(pid, "Private_Dirty:")?)
 }

@@ -47,11 +47,11 @@ const BUDGETS: &[Budget] = &[
         measured: |raw| beyond(raw, Id::CpuInScope, Who::ForkExec),
     },
     Budget {
-        what: "private memory beside the command, for each task",
+        what: "private memory beside the command, for each of many tasks",
         unit: "KiB",
         at_most: 0.3 * 1024.0,
         holds: Holds::Everywhere,
-        measured: |raw| ours(raw, Id::PrivateMemory, None),
+        measured: |raw| ours(raw, Id::CrowdPrivateMemory, Some(raw.size.largest_crowd())),
     },
     Budget {
         what: "resident memory of the plugin with no task",

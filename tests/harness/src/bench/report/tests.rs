@@ -129,7 +129,7 @@ fn a_budget_is_met_or_missed() {
     };
     assert!(line(&page).ends_with("| met |"), "{page}");
     for series in &mut raw.series {
-        if series.figure == Id::PrivateMemory {
+        if series.figure == Id::CrowdPrivateMemory {
             series.values.fill(400.0);
         }
     }
