@@ -42,6 +42,7 @@ fn thousands_of_tasks_leave_nothing_in_memory(context: &Context) -> Result<()> {
         for code in 0..WARM_UP {
             to_end(&calls, place.task(&exit(code)), code % 256).await?;
         }
+        ahead(plugin).await?;
         let before = [Size::of(plugin)?, Size::of(1)?];
         for code in WARM_UP..TASKS {
             to_end(&calls, place.task(&exit(code)), code % 256).await?;

@@ -129,6 +129,11 @@ fn outlast(context: &Context, verb: &str) -> Result<()> {
         let (main, before) = (scope.main()?, limits(scope)?);
         let plugin = agent.plugin_pid().await.context("a plugin")?;
         ahead(plugin).await?;
+        // Its statistics keep files open as long as the client listens.
+        until("the first statistics", || {
+            (!task.stats().is_empty()).then_some(())
+        })
+        .await?;
         let open = Descriptors::of(plugin)?;
 
         let ending = (Job::shell("exit 4").text(), (4, 0));

@@ -237,7 +237,9 @@ fn a_host_without_memory_keeps_its_tasks(context: &Context) -> Result<()> {
         let agent = agent(context).await?;
         let ground = Ground::survey()?;
         let plugin = agent.plugin_pid().await;
-        let counter = up(&agent, &Job::shell(COUNTER)).await?;
+        // A shell whose pages were dropped meanwhile has to read them again before it answers its signal.
+        let patient = Job::shell(COUNTER).task("kill_timeout = \"60s\"");
+        let counter = up(&agent, &patient).await?;
         let sleeper = running(&agent, &Job::command("sleep", &["600"])).await?;
         let supervisors = (counter.2.supervisor()?, sleeper.2.supervisor()?);
         let ballast = Ballast::new()?;
