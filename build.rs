@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(&files, ["proto"])?;
     tonic_prost_build::configure()
         .build_client(false)
+        .codec_path("crate::plugin::codec::SmallBuffers")
         .include_file("proto.rs")
         .compile_fds(descriptors)?;
     Ok(())

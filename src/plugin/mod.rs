@@ -2,6 +2,7 @@
 //! elsewhere.
 
 pub mod base;
+pub mod codec;
 pub mod controller;
 pub mod convert;
 pub mod driver;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::dir::{self, Found};
-use super::table::{TaskTable, lock};
+use super::table::{Claim, TaskTable, lock};
 use super::thread::in_thread;
 use super::types::{DriverError, TaskRequest};
 use crate::host;
@@ -32,7 +32,27 @@ impl TaskTable {
                 ))
             })?
             .map_err(|error| DriverError::Transient(error.to_string()))??;
+        self.expect_unshared(request, &account)?;
         self.decide(request, account, found, host::agent_unit("self"))
+    }
+
+    /// A dynamic user is nobody else's, so that its files and processes are not either. Nomad checks no `nomad-<uid>` that a job
+    /// names, and an agent that was restarted may pick one that a task still has (`Pool.Restore` of helper/users/dynamic is called by
+    /// nobody in 2.0). Not transient: a new allocation gets another one, this one would be given the same again.
+    fn expect_unshared(&self, request: &TaskRequest, account: &Account) -> Result<(), DriverError> {
+        if !account.is_dynamic {
+            return Ok(());
+        }
+        let claim = Claim {
+            uid: account.uid,
+            alloc_id: request.names.alloc_id.clone(),
+        };
+        self.claim(&request.id, claim).map_err(|other| {
+            DriverError::Permanent(format!(
+                "user {:?} is allocation {other}'s, a task of which runs as it; leave the user out for one that nobody else has",
+                account.name
+            ))
+        })
     }
 
     /// The plan of a start on this host, of an allocation that is not there: its task's directory would be at `dir`, and the

@@ -113,6 +113,8 @@ fn revive(
         cpus: Mutex::new(cpus::asked(&cgroup)),
         started_at: UNIX_EPOCH + Duration::from_nanos(state.started_unix_nanos),
         main: state.main,
+        // Its command's as long as that is there, and then nobody has it.
+        uid: state.main.uid().unwrap_or(0),
         main_pidfd: open(state.main),
         supervisor_pidfd,
         is_stopping: AtomicBool::new(cgroup.mark(Mark::Stopping).is_some()),

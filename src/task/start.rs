@@ -409,6 +409,7 @@ fn assemble(
         cgroup,
         started_at,
         main: main_process,
+        uid: plan.order.uid,
         main_pidfd: Some(main),
         supervisor_pidfd: None,
         is_stopping: AtomicBool::new(false),

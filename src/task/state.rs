@@ -79,6 +79,14 @@ impl Process {
         Self::of_pid(pid)
     }
 
+    /// Its real user. The owner of its directory in /proc is root if its program may not be read.
+    pub fn uid(self) -> Option<u32> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+        let uid = uids.split_whitespace().next()?.parse().ok();
+        uid.filter(|_| self.is_alive())
+    }
+
     /// Whether a signal has stopped it (SIGSTOP and its like).
     pub fn is_stopped(self) -> bool {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();

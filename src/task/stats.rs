@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::mpsc;
+use futures_util::stream;
 use tokio::time::MissedTickBehavior;
 
 use super::Flow;
@@ -18,30 +18,25 @@ impl TaskTable {
             return Box::pin(tokio_stream::empty());
         };
         let compute = self.settings().compute;
-        let (sender, receiver) = mpsc::channel(1);
-        tokio::spawn(async move {
-            let mut ticks = tokio::time::interval(interval.max(Duration::from_millis(100)));
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            let mut before: Option<(Cpu, Instant)> = None;
-            let Some(gauges) = task.cgroup.gauges() else {
-                return;
-            };
-            loop {
+        let Some(gauges) = task.cgroup.gauges() else {
+            return Box::pin(tokio_stream::empty());
+        };
+        let mut ticks = tokio::time::interval(interval.max(Duration::from_millis(100)));
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // Nomad has such a stream for every task: a channel to it would take more than all that is
+        // known of the task.
+        let first = (task, gauges, ticks, None::<(Cpu, Instant)>);
+        Box::pin(stream::unfold(
+            first,
+            move |(task, gauges, mut ticks, before)| async move {
                 tokio::select! {
-                    _ = task.wait() => return,
-                    _ = sender.closed() => return,
+                    _ = task.wait() => return None,
                     _ = ticks.tick() => {}
                 }
-                let Some((usage, now)) = sample(&gauges, before, compute) else {
-                    return;
-                };
-                before = Some(now);
-                if sender.send(usage).await.is_err() {
-                    return;
-                }
-            }
-        });
-        Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver))
+                let (usage, now) = sample(&gauges, before, compute)?;
+                Some((usage, (task, gauges, ticks, Some(now))))
+            },
+        ))
     }
 }
 

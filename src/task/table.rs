@@ -73,9 +73,16 @@ pub(super) struct Settings {
 
 #[derive(Debug)]
 pub(super) enum Entry {
-    /// Its id is taken, so that no second copy starts.
-    Starting,
+    /// Its id is taken, so that no second copy starts, and so is its dynamic user.
+    Starting(Option<Claim>),
     Running(Arc<Task>),
+}
+
+/// A dynamic workload user, and the allocation that has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Claim {
+    pub(super) uid: u32,
+    pub(super) alloc_id: String,
 }
 
 /// A task that was started, running or ended.
@@ -87,6 +94,8 @@ pub(super) struct Task {
     pub(super) cgroup: Cgroup,
     pub(super) started_at: SystemTime,
     pub(super) main: Process,
+    /// Of its command.
+    pub(super) uid: u32,
     /// Signals go through descriptors, never to a number that a stranger may have got. `None` after its end.
     pub(super) main_pidfd: Option<OwnedFd>,
     pub(super) supervisor_pidfd: Option<OwnedFd>,
@@ -183,7 +192,7 @@ impl TaskTable {
     pub(super) fn all(&self) -> Vec<Arc<Task>> {
         let task = |entry: &Entry| match entry {
             Entry::Running(task) => Some(task.clone()),
-            Entry::Starting => None,
+            Entry::Starting(_) => None,
         };
         lock(&self.shared.table).values().filter_map(task).collect()
     }
@@ -215,7 +224,24 @@ impl TaskTable {
                 "task with ID {id} already started"
             )));
         }
-        table.insert(id.clone(), Entry::Starting);
+        table.insert(id.clone(), Entry::Starting(None));
+        Ok(())
+    }
+
+    /// Takes a dynamic user for a start whose id is reserved, or says which allocation has it: one that runs, or starts.
+    pub(super) fn claim(&self, id: &TaskId, claim: Claim) -> Result<(), String> {
+        let mut table = lock(&self.shared.table);
+        for entry in table.values() {
+            let (uid, alloc_id) = match entry {
+                Entry::Starting(Some(other)) => (other.uid, &other.alloc_id),
+                Entry::Running(task) if task.ended().is_none() => (task.uid, &task.names.alloc_id),
+                Entry::Starting(None) | Entry::Running(_) => continue,
+            };
+            if uid == claim.uid && *alloc_id != claim.alloc_id {
+                return Err(alloc_id.clone());
+            }
+        }
+        table.insert(id.clone(), Entry::Starting(Some(claim)));
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use harness::nomad::proto::driver::TaskConfig;
 use harness::nomad::{Agent, Config, RpcError};
 
 use crate::case;
+use crate::faults::nothing_left;
 use crate::nomad::{Job, Scope, agent, refusal, said};
 
 /// A last word on a request before it is sent.
@@ -22,6 +23,7 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_task_unveils_only_if_the_operator_lets_it),
     case!(Speed, Ours, a_hostile_request_is_refused_and_leaves_nothing),
     case!(Both, Ours, a_hostile_name_changes_no_unit),
+    case!(Speed, Ours, a_dynamic_user_is_one_allocations_alone),
 ];
 
 /// Each job with what the operator reads; all that went wrong at once.
@@ -364,5 +366,49 @@ fn a_hostile_name_changes_no_unit(context: &Context) -> Result<()> {
         }
         alloc.stop().await?;
         agent.finish().await
+    })
+}
+
+/// Neither Nomad checks the `nomad-<uid>` of a job, nor does a restarted agent know which ones its tasks have.
+fn a_dynamic_user_is_one_allocations_alone(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let ground = Ground::survey()?;
+        let agent = agent(context).await?;
+        let sleep = || Job::command("sleep", &["600"]);
+        let alloc = agent.run(&sleep().text()).await?;
+        let task = alloc.only_task()?;
+        let user = task.user();
+        ensure!(user.starts_with("nomad-8"), "{user}");
+        let sentence = format!("user {user:?} is allocation {}'s", alloc.id());
+        expect(&agent, &sleep().user(&user), &sentence).await?;
+        let lost = agent.kill_plugin().await?;
+        ensure!(lost.is_empty(), "{lost:?}");
+        expect(&agent, &sleep().user(&user), &sentence).await?;
+        // Its own allocation may start anew as it.
+        task.restart().await?;
+        ensure!(task.user() == user, "{}", task.user());
+        alloc.stop().await?;
+
+        let heir = agent.run(&sleep().user(&user).text()).await?;
+        heir.stop().await?;
+        let text = sleep().user("nomad-80007").text();
+        let (one, other) = tokio::join!(agent.run(&text), agent.run(&text));
+        let mut refusals = 0;
+        for started in [one, other] {
+            match started {
+                Ok(alloc) => alloc.stop().await?,
+                Err(error) => {
+                    let told = format!("{error:#}");
+                    ensure!(
+                        told.contains("user \"nomad-80007\" is allocation"),
+                        "{told}"
+                    );
+                    refusals += 1;
+                }
+            }
+        }
+        ensure!(refusals == 1, "{refusals} of two at once refused");
+        agent.finish().await?;
+        nothing_left(&ground).await
     })
 }
