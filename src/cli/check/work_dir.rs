@@ -30,12 +30,7 @@ pub fn rule(plan: &Plan) -> Option<&Rule> {
         matches!(dir, Place::Host(_)) && rule.source == Source::Task && rule.place == *dir
     };
     let overruled = plan.overruled.iter().map(|it| &it.rule);
-    plan.order
-        .rules
-        .iter()
-        .chain(overruled)
-        .filter(is_its)
-        .last()
+    plan.order.rules.iter().chain(overruled).rfind(is_its)
 }
 
 /// What of it only a start can tell.
