@@ -95,6 +95,7 @@ const ROOMS: [Room; 18] = [
             "cgroup::unified",
             "mountinfo",
             "plan::command",
+            "plan::managers",
             "plan::session",
             "plan::steps",
             "record",

@@ -17,20 +17,10 @@ use super::place::{TaskRoot, open_resolved};
 use super::report::{At, Failure};
 use super::volumes::Volumes;
 use crate::mountinfo::{self, Mount};
+use crate::plan::managers::{MANAGERS, kept};
 use crate::plan::steps::{Order, RunMask, Step, TaskDir, Tree, View, Write};
 
 const TERMINALS: &str = "/dev/pts";
-
-/// Below /run.
-const MANAGERS: [&str; 3] = ["dbus", "systemd", "user"];
-
-/// What stays of a masked /run, for every task: the resolver's files, and the sockets that take a log.
-const KEPT_RUN: [&str; 4] = [
-    "systemd/resolve",
-    "systemd/journal/socket",
-    "systemd/journal/dev-log",
-    "systemd/journal/stdout",
-];
 
 /// Builds the view and returns the task's directory as it is in it.
 pub(super) fn build(order: &Order, mut volumes: Volumes) -> Result<TaskRoot, Failure> {
@@ -262,14 +252,9 @@ fn managers() -> Result<Vec<PathBuf>, Failure> {
 
 /// What the masks of /run leave in place.
 fn exceptions(run: RunMask) -> Result<Vec<PathBuf>, Failure> {
-    let also = match run {
-        RunMask::All => "nscd",
-        RunMask::Managers => "systemd/userdb",
-    };
     let mut paths = Vec::new();
     for base in run_directories()? {
-        paths.extend(KEPT_RUN.iter().map(|name| base.join(name)));
-        paths.push(base.join(also));
+        paths.extend(kept(run).map(|name| base.join(name)));
     }
     // NetworkManager, resolvconf and others keep the resolver's configuration in /run too.
     paths.extend(resolve(Path::new("/etc/resolv.conf"))?);

@@ -6,6 +6,7 @@ pub mod denials;
 pub mod environment;
 pub mod files;
 pub mod limits;
+pub mod managers;
 pub mod session;
 pub mod signal;
 pub mod steps;

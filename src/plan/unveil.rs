@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 
 use thiserror::Error;
 
+use super::managers::leads_to_manager;
 use super::steps::{Access, Place, Rule, RunMask, Source, Tree, View};
 
 /// Entries in one list, well below what the kernel takes and far above what a job needs.
@@ -333,9 +334,6 @@ pub fn letters(mode: &str) -> Access {
     }
 }
 
-/// Paths by which a process reaches a manager of the host. They are shown only to who unveils them for writing.
-const MANAGERS: [&str; 3] = ["/run/dbus", "/run/systemd", "/run/user"];
-
 /// What /proc shows of the whole host's memory, keys and kernel. Hidden, unless unveiled by its very name.
 const HOSTS_PROC: [&str; 11] = [
     "/proc/kcore",
@@ -351,13 +349,13 @@ const HOSTS_PROC: [&str; 11] = [
     "/proc/vmallocinfo",
 ];
 
-/// Whether a path comes back from under a mask only for whoever unveils it for writing.
-pub fn leads_to_manager(path: &Path) -> bool {
-    let path = path
-        .strip_prefix("/var")
-        .ok()
-        .map_or_else(|| path.to_owned(), |rest| Path::new("/").join(rest));
-    path == Path::new("/run") || MANAGERS.iter().any(|top| path.starts_with(top))
+/// What of /run is hidden from a user.
+pub fn run_mask(uid: u32) -> RunMask {
+    if uid == 0 {
+        RunMask::All
+    } else {
+        RunMask::Managers
+    }
 }
 
 /// The mount view that goes with the rules.
@@ -392,11 +390,7 @@ pub fn view(rules: &[Rule], uid: u32) -> View {
     View {
         tree: if all { Tree::AsIs } else { Tree::ReadOnly },
         writable: paths(&|path, access| writable(access) && path != Path::new("/")),
-        run: if uid == 0 {
-            RunMask::All
-        } else {
-            RunMask::Managers
-        },
+        run: run_mask(uid),
         kept: paths(&|path, access| hidden(path) && (writable(access) || !leads_to_manager(path))),
         masked: HOSTS_PROC
             .map(PathBuf::from)

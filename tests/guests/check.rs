@@ -49,6 +49,17 @@ pub const CASES: &[Case] = &[
         Ours,
         what_would_not_start_or_has_no_effect_is_told_with_its_line
     ),
+    case!(Speed, Ours, a_missing_work_dir_is_told_by_its_own_name),
+    case!(
+        Speed,
+        Ours,
+        an_entry_that_leads_to_a_manager_of_the_host_is_told_as_what_it_is
+    ),
+    case!(
+        Speed,
+        Ours,
+        the_exit_status_tells_a_faulty_job_from_a_question_that_cannot_be_read
+    ),
     case!(Speed, Ours, a_strange_job_file_is_told_in_one_safe_line),
 ];
 
@@ -374,6 +385,25 @@ fn the_agents_configuration_is_judged_as_the_plugin_would(context: &Context) -> 
     ] {
         ensure!(warnings.contains(sentence), "{warnings}");
     }
+    files.write(&plugin(
+        "unveil_paths = [\"r:/etc/hosts\", \"rw:/etc/hosts\", \"rx:/usr/bin/env\", \"rw:/run/dbus\"]",
+    ))?;
+    let (lines, _) = told(&mut check(context, &files))?;
+    let warnings = of_status(&lines, "warning").join("\n");
+    for sentence in [
+        "rw:/etc/hosts: has no effect, as r:/etc/hosts of unveil_paths",
+        "rx:/usr/bin/env: all of it is open already by rx:/",
+        "rw:/run/dbus: a task of root reaches the system bus by it and so controls the host, and any job may say user = \"root\"; leave",
+    ] {
+        ensure!(warnings.contains(sentence), "{sentence}: {warnings}");
+    }
+    // Where jobs unveil, it keeps them from widening the path.
+    files.write(&plugin(
+        "unveil_by_task = true\nunveil_paths = [\"r:/etc\", \"r:/etc/hostname\"]",
+    ))?;
+    let (lines, _) = told(&mut check(context, &files))?;
+    let warnings = of_status(&lines, "warning").join("\n");
+    ensure!(!warnings.contains("open already"), "{warnings}");
     let output = Command::new(context.driver())
         .args(["check", "--config", "/no/such", "--json"])
         .output()?;
@@ -745,7 +775,7 @@ fn what_would_not_start_or_has_no_effect_is_told_with_its_line(context: &Context
     };
     let open = Files::new(
         context,
-        "unveil_by_task = true\nallow_caps = [\"net_raw\"]\nunveil_paths = [\"r:/etc/hosts\"]",
+        "unveil_by_task = true\nallow_caps = [\"net_raw\"]\nunveil_paths = [\"r:/etc/hosts\", \"rc:/etc/hosts\", \"rw:/etc/hostname\", \"rc:/etc/hostname\", \"rx:/usr/bin/env\"]",
     )?;
     let shut = Files::new(context, "")?;
     let errors = [
@@ -841,18 +871,20 @@ fn what_would_not_start_or_has_no_effect_is_told_with_its_line(context: &Context
         "{error}"
     );
 
-    let unveil = "unveil = [\"r:/etc/passwd\", \"r:/etc//passwd\", \"rw:/etc/hosts\", \"r:/usr/bin/env\", \"rc:/etc/group\"]";
+    let unveil = "unveil = [\"r:/etc/passwd\", \"r:/etc//passwd\", \"rw:/etc/hosts\", \"r:/usr/bin/false\", \"rc:/etc/group\", \"rwxc:alloc/logs\"]";
+    // What the operator wrote in vain is not the author's to mend.
     let (object, code) = of_job(context, &open, &[], &job(unveil, ""))?;
     let warnings = of_status(
         object["findings"].as_array().context("findings")?,
         "warning",
     );
-    ensure!(code == 0 && warnings.len() == 4, "{warnings:#?}");
+    ensure!(code == 0 && warnings.len() == 5, "{warnings:#?}");
     for sentence in [
         ":8: unveil r:/etc//passwd: has no effect, as r:/etc/passwd of the job is for the same path and comes first",
         ":8: unveil rw:/etc/hosts: has no effect, as r:/etc/hosts of unveil_paths",
-        ":8: unveil r:/usr/bin/env: all of it is open already by rx:/",
+        ":8: unveil r:/usr/bin/false: all of it is open already by rx:/",
         ":8: unveil rc:/etc/group: \"c\" has no effect on a file",
+        ":8: unveil rwxc:alloc/logs: has no effect, as alloc/logs is read-only to tasks",
     ] {
         ensure!(
             warnings.iter().any(|line| line.contains(sentence)),
@@ -898,50 +930,308 @@ fn what_would_not_start_or_has_no_effect_is_told_with_its_line(context: &Context
     Ok(())
 }
 
+/// A job of one task, whose `config` is its 7th line and on.
+fn job_with(config: &str) -> String {
+    format!(
+        "job \"j\" {{\ngroup \"g\" {{\ntask \"t\" {{\ndriver = \"exec2\"\nconfig {{\ncommand = \"true\"\n{config}\n}}\n}}\n}}\n}}\n"
+    )
+}
+
+fn a_missing_work_dir_is_told_by_its_own_name(context: &Context) -> Result<()> {
+    let files = Files::new(
+        context,
+        "unveil_by_task = true\nunveil_paths = [\"r:/usr/share\"]",
+    )?;
+    let seen = |config: &str| -> Result<(Vec<String>, Value)> {
+        let (object, code) = of_job(context, &files, &[], &job_with(config))?;
+        let findings = object["findings"].as_array().context("findings")?;
+        let (mut all, warnings) = (of_status(findings, "error"), of_status(findings, "warning"));
+        ensure!(code == i32::from(!all.is_empty()), "{object:#}");
+        all.extend(warnings);
+        Ok((all, object["at_start"].clone()))
+    };
+    for (work_dir, sentence) in [
+        (
+            "/no/such",
+            ":7: work_dir /no/such: no such file or directory; name a directory of this host, or make it",
+        ),
+        (
+            "/etc/fstab",
+            ":7: work_dir /etc/fstab: not a directory; name",
+        ),
+        (
+            "/root",
+            ":7: work_dir /root: permission denied (uid 80000 cannot enter it); let it be passed (chmod o+x)",
+        ),
+        (
+            "/root/.bashrc",
+            ":7: work_dir /root/.bashrc: permission denied (uid 80000 cannot reach it); let",
+        ),
+        (
+            "/usr/share",
+            ":7: work_dir /usr/share: is unveiled with r alone, as r:/usr/share of unveil_paths is for the same path and comes first",
+        ),
+    ] {
+        let (told, _) = seen(&format!("work_dir = \"{work_dir}\""))?;
+        ensure!(
+            told.len() == 1 && told[0].starts_with("work_dir: ") && told[0].contains(sentence),
+            "{sentence}: {told:#?}"
+        );
+        if !told[0].contains("unveiled") {
+            // As a start says it.
+            let file = job_file(job_with(&format!("work_dir = \"{work_dir}\"")))?;
+            let output = Command::new(context.driver())
+                .arg("run")
+                .arg(file.path())
+                .output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.code() == Some(125)
+                    && said.contains(&format!("work_dir {work_dir}: ")),
+                "{output:?}"
+            );
+        }
+    }
+    // What is open already is entered all the same, and nobody wrote an entry for it.
+    for config in [
+        "work_dir = \"/usr/lib\"",
+        "unveil = [\"rwxc:/srv\"]\nwork_dir = \"/srv/\"",
+        "work_dir = \"local\"",
+    ] {
+        let (told, at_start) = seen(config)?;
+        ensure!(told.is_empty(), "{config}: {told:#?}");
+        ensure!(!at_start.to_string().contains("work_dir"), "{at_start}");
+    }
+    let (told, at_start) = seen("work_dir = \"local/app\"")?;
+    ensure!(
+        told.is_empty()
+            && at_start
+                .to_string()
+                .contains("whether work_dir local/app is there"),
+        "{told:#?} {at_start}"
+    );
+    Ok(())
+}
+
+/// What `check` says of an entry, beside what a task with it reaches.
+fn an_entry_that_leads_to_a_manager_of_the_host_is_told_as_what_it_is(
+    context: &Context,
+) -> Result<()> {
+    const ENGINE: &str = "/run/docker.sock";
+    const BUS: &str = "/run/dbus/system_bus_socket";
+    const SYSTEMD: &str = "/run/systemd/private";
+    let files = Files::new(context, "unveil_by_task = true")?;
+    let _engine = Listener(std::os::unix::net::UnixListener::bind(ENGINE)?, ENGINE);
+    let controls = "and so controls the host; leave the entry out, or run the task as another user";
+    let hidden = "is hidden from tasks";
+    // Who, with which entry, reaches what, and what is told: nothing, a warning, or an error for what does not start.
+    let cases: [(&str, &str, &[&str], &str, &str); 15] = [
+        ("root", "rw:/run/dbus", &[BUS], "warning", controls),
+        ("root", "c:/run/dbus", &[BUS], "warning", controls),
+        (
+            "root",
+            "w:/var/run/dbus/system_bus_socket",
+            &[BUS],
+            "warning",
+            controls,
+        ),
+        (
+            "root",
+            "rw:/run/systemd/private",
+            &[SYSTEMD],
+            "warning",
+            controls,
+        ),
+        (
+            "root",
+            "rw:/run",
+            &[BUS, SYSTEMD, ENGINE],
+            "warning",
+            controls,
+        ),
+        ("root", "r:/run/docker.sock", &[ENGINE], "warning", controls),
+        ("root", "r:/run", &[], "warning", hidden),
+        ("root", "r:/run/systemd", &[], "warning", hidden),
+        ("root", "r:/run/dbus", &[], "error", hidden),
+        (
+            "root",
+            "r:/run/dbus/system_bus_socket",
+            &[],
+            "error",
+            hidden,
+        ),
+        ("root", "r:/run/systemd/journal/socket", &[], "", ""),
+        ("root", "rw:/", &[], "", ""),
+        ("nobody", "rw:/run/dbus", &[BUS], "", ""),
+        ("nobody", "r:/run/dbus", &[], "warning", hidden),
+        ("nobody", "r:/run/systemd/private", &[], "error", hidden),
+    ];
+    let script = "use Socket; for my $path (@ARGV) { socket(my $s, AF_UNIX, SOCK_STREAM, 0); print \"$path\\n\" if connect($s, sockaddr_un($path)) }";
+    for (user, entry, reached, status, sentence) in cases {
+        let output = Command::new(context.driver())
+            .args([
+                "run", "--user", user, "--unveil", entry, "--", "perl", "-e", script,
+            ])
+            .args([BUS, SYSTEMD, ENGINE])
+            .output()?;
+        let starts = status != "error";
+        let seen = String::from_utf8_lossy(&output.stdout);
+        let seen: Vec<&str> = seen.lines().collect();
+        ensure!(
+            output.status.success() == starts && seen == reached,
+            "{user} {entry}: {output:?}"
+        );
+        let options = ["--user", user, "--unveil", entry];
+        let (object, code) = of_job(context, &files, &options, &job_with(""))?;
+        let findings = object["findings"].as_array().context("findings")?;
+        ensure!(code == i32::from(!starts), "{user} {entry}: {object:#}");
+        match status {
+            "" => ensure!(findings.is_empty(), "{user} {entry}: {object:#}"),
+            status => {
+                let told = of_status(findings, status);
+                let is_told = |line: &String| line.contains(&format!("unveil {entry}: "));
+                ensure!(
+                    findings.len() == 1 && is_told(&told[0]) && told[0].contains(sentence),
+                    "{user} {entry}: {object:#}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A socket at a path, for as long as it is wanted.
+struct Listener(
+    #[allow(dead_code)] std::os::unix::net::UnixListener,
+    &'static str,
+);
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.1);
+    }
+}
+
+fn the_exit_status_tells_a_faulty_job_from_a_question_that_cannot_be_read(
+    context: &Context,
+) -> Result<()> {
+    let files = Files::new(context, "")?;
+    for (faulty, sentence) in [
+        (job_with("args = ["), ":8: "),
+        (job_with("}\nresources {\nmemory = -5"), ":9: `memory`: -5"),
+        (job_with("}\nfrobnicate {"), ":8: `frobnicate` is nothing"),
+        (job_with("args = [\"${var.x}\"]"), ":7: "),
+        (
+            job_with("}\nkill_timeout = \"x\"\nmeta {"),
+            ":8: `kill_timeout`",
+        ),
+        (job_with("foo = 1"), ":7: config: `foo` is no key"),
+        ("x = 1".into(), ":1: "),
+        (String::new(), ":1: the file has no `job` block"),
+    ] {
+        let (object, code) = of_job(context, &files, &[], &faulty)?;
+        let errors = of_status(object["findings"].as_array().context("findings")?, "error");
+        ensure!(
+            code == 1
+                && errors.len() == 1
+                && errors[0].contains(sentence)
+                && object["plan"].is_null(),
+            "{faulty}: {object:#}"
+        );
+        let file = job_file(&faulty)?;
+        let output = check(context, &files).arg(file.path()).output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            output.status.code() == Some(1)
+                && output.stderr.is_empty()
+                && text.contains("would not start")
+                && text.contains("\nerror    "),
+            "{output:?}"
+        );
+    }
+    let job = job_file(job_with(""))?;
+    let docker = job_file(job_with("").replace("exec2", "docker"))?;
+    let (job, docker) = (job.path(), docker.path());
+    let named: [(&[&Path], i32, &str); 5] = [
+        (&[Path::new("/no/such.hcl")], 125, "no such job file"),
+        (&[docker], 125, "has no task with driver = \"exec2\""),
+        (
+            &[job, Path::new("--task"), Path::new("x")],
+            125,
+            "has no task `x`",
+        ),
+        (
+            &[Path::new("--task"), Path::new("t")],
+            2,
+            "--task is about a job: name the job file",
+        ),
+        (&[job, Path::new("--frobnicate")], 2, "--frobnicate"),
+    ];
+    for (arguments, code, sentence) in named {
+        for json in [&[][..], &["--json"]] {
+            let output = check(context, &files).args(json).args(arguments).output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.code() == Some(code)
+                    && output.stdout.is_empty()
+                    && said.contains(sentence),
+                "{arguments:?}: {output:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
 fn a_strange_job_file_is_told_in_one_safe_line(context: &Context) -> Result<()> {
     let files = Files::new(context, "unveil_by_task = true")?;
-    let says = |output: &Output, sentence: &str| -> Result<()> {
-        let text = String::from_utf8_lossy(&output.stderr);
+    let says = |output: &Output, code: i32, sentence: &str| -> Result<()> {
+        let (of_job, of_question) = (&output.stdout, &output.stderr);
+        let (said, other, lines) = match code {
+            1 => (of_job, of_question, 2),
+            _ => (of_question, of_job, 1),
+        };
+        let text = String::from_utf8_lossy(said);
         ensure!(
-            output.status.code() == Some(125)
-                && output.stdout.is_empty()
-                && text.lines().count() == 1
+            output.status.code() == Some(code)
+                && other.is_empty()
+                && text.lines().count() == lines
                 && text.len() < 2_000
+                && !text.contains('\x1b')
                 && text.contains(sentence),
             "{sentence}: {output:?}"
         );
         Ok(())
     };
     let deep = "a {\n".repeat(100_000);
-    let cases: [(&[u8], &str); 6] = [
-        (&[0xff, 0, 0xfe], "is not text"),
-        (b"", "1: the file has no `job` block"),
-        (b"\0\x01{[(", "1: "),
-        (deep.as_bytes(), ""),
+    let cases: [(&[u8], i32, &str); 6] = [
+        (&[0xff, 0, 0xfe], 125, "is not text"),
+        (b"", 1, "1: the file has no `job` block"),
+        (b"\0\x01{[(", 1, "1: "),
+        (deep.as_bytes(), 1, ""),
         (
             b"job \"j\" {\ngroup \"g\" {\ntask \"t\" {\ndriver = \"docker\"\n}\n}\n}",
+            125,
             "job j has no task with driver = \"exec2\"",
         ),
         (
             b"job \"j\x1b[2J\" {\ngroup \"g\" {\ntask \"t\" {\ndriver = \"docker\"\n}\n}\n}",
+            125,
             "job j<U+001B>[2J has no task",
         ),
     ];
-    for (content, sentence) in cases {
+    for (content, code, sentence) in cases {
         let file = job_file(content)?;
-        says(&check(context, &files).arg(file.path()).output()?, sentence)?;
+        let output = check(context, &files).arg(file.path()).output()?;
+        says(&output, code, sentence)?;
     }
     for (path, sentence) in [
         ("/no/such.hcl", "/no/such.hcl: no such job file"),
         ("/etc", "/etc: Is a directory"),
         ("/dev/zero", "/dev/zero: is longer than"),
     ] {
-        says(&check(context, &files).arg(path).output()?, sentence)?;
+        let output = check(context, &files).arg(path).output()?;
+        says(&output, 125, sentence)?;
     }
-    says(
-        &check(context, &files).args(["--task", "t"]).output()?,
-        "--task is about a job",
-    )?;
     let hostile = "job \"j\" {\ngroup \"g\" {\ntask \"t\\u001b[2J\\u202e\" {\ndriver = \"exec2\"\nconfig {\ncommand = \"tr\\nue\\u001b\"\nargs = [\"\\u001b[31m\"]\nunveil = [\"r:/no\\u001b\"]\n}\n}\n}\n}";
     let file = job_file(hostile)?;
     for options in [&[][..], &["--json"]] {

@@ -4,14 +4,14 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::findings::{self, Mode};
+use super::findings::{self, Mode, Useless};
 use super::plugin_dir::{self, Entry, Kind};
 use super::report::Line;
 use crate::agent::{AgentConfig, DEFAULT, Running};
 use crate::config::plugin::PluginConfig;
 use crate::job::JobError;
 use crate::job::options;
-use crate::plan::unveil::{self, UnveilError};
+use crate::plan::unveil::{self, ByTask, Defaults, Gate};
 use crate::plan::{capabilities, steps::Source};
 
 /// The name of the installed file, and so the block's label.
@@ -237,9 +237,26 @@ impl Agent {
 
     /// What the operator opens to every task.
     fn unveil_paths(&self, config: &PluginConfig) -> Vec<Line> {
-        let rules: Result<Vec<_>, UnveilError> = unveil::operators(&config.unveil_paths);
-        let Ok(rules) = rules else { return Vec::new() };
-        let found = findings::of_rules(&rules, Mode::OfOperator, None);
+        let gate = Gate {
+            paths: &config.unveil_paths,
+            volumes: &[],
+            defaults: if config.unveil_defaults {
+                Defaults::Unveiled
+            } else {
+                Defaults::Veiled
+            },
+            by_task: ByTask::Allowed,
+        };
+        let Ok((rules, overruled)) = unveil::rules(gate, &[], &[]) else {
+            return Vec::new();
+        };
+        let useless = match config.unveil_by_task {
+            true => Useless::Untold,
+            false => Useless::Told,
+        };
+        let mode = Mode::OfOperator(useless);
+        let mut found = findings::of_rules(&rules, mode);
+        found.extend(findings::of_overruled(&overruled, mode));
         let mut lines: Vec<Line> = found
             .into_iter()
             .filter(|finding| finding.source == Source::Plugin)

@@ -6,50 +6,103 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::getxattr;
 
+use super::{managers, work_dir};
+use crate::plan::Plan;
 use crate::plan::command::{candidates, search_path};
 use crate::plan::steps::{Access, Order, Place, Rule, Source};
 use crate::plan::unveil::Overruled;
+
+/// Below the task's directory, and read-only whatever is unveiled.
+const LOGS: &str = "alloc/logs";
 
 /// Something about one rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     pub source: Source,
-    /// The rule as its author wrote it.
-    pub written: String,
+    /// Where it was written.
+    pub key: &'static str,
     /// No task with this rule starts.
     pub is_error: bool,
     pub sentence: String,
 }
 
 /// Whose words the sentences are for.
+#[derive(Debug, Clone, Copy)]
+pub enum Mode<'a> {
+    OfOperator(Useless),
+    OfTask(&'a Plan),
+}
+
+/// Entries of the operator's that another one covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    OfOperator,
-    OfTask,
+pub enum Useless {
+    Told,
+    /// They keep jobs from widening their paths.
+    Untold,
+}
+
+impl<'a> Mode<'a> {
+    /// That of the task that opens the rules, if there is one.
+    pub fn order(self) -> Option<&'a Order> {
+        match self {
+            Mode::OfOperator(_) => None,
+            Mode::OfTask(plan) => Some(&plan.order),
+        }
+    }
+
+    /// Whether it is the reader's to mend, where it keeps nothing from starting.
+    pub fn writes(self, source: Source) -> bool {
+        match self {
+            Mode::OfOperator(_) => source == Source::Plugin,
+            Mode::OfTask(_) => source == Source::Task,
+        }
+    }
+
+    fn is_work_dirs(self, rule: &Rule) -> bool {
+        let own = match self {
+            Mode::OfOperator(_) => None,
+            Mode::OfTask(plan) => work_dir::rule(plan),
+        };
+        own.is_some_and(|own| std::ptr::eq(own, rule))
+    }
 }
 
 /// A rule with what its path is on this host.
-struct Seen<'a> {
-    rule: &'a Rule,
+#[derive(Debug)]
+pub struct Seen<'a> {
+    pub rule: &'a Rule,
     /// The path that the kernel sees; of one below the task's directory its own name.
-    real: PathBuf,
+    pub real: PathBuf,
     is_file: bool,
 }
 
 /// Judges the rules that an operator or a job author wrote; those of the driver and the defaults are taken as they are.
-/// `order` is that of the task that opens them, if there is one.
-pub fn of_rules(rules: &[Rule], mode: Mode, order: Option<&Order>) -> Vec<Finding> {
+pub fn of_rules(rules: &[Rule], mode: Mode<'_>) -> Vec<Finding> {
+    let order = mode.order();
     let mut findings = Vec::new();
     let mut seen = Vec::new();
     for rule in rules {
         let is_written = matches!(rule.source, Source::Plugin | Source::Task);
+        let is_written = is_written && !mode.is_work_dirs(rule);
         let mut add = |is_error, sentence: String| {
-            if is_written {
-                findings.push(finding(rule, is_error, sentence));
+            if is_written && (is_error || mode.writes(rule.source)) {
+                findings.push(finding(rule, mode, is_error, sentence));
             }
         };
-        let Place::Host(path) = &rule.place else {
-            continue;
+        let path = match &rule.place {
+            Place::Host(path) => path,
+            Place::Task(path) => {
+                if path.starts_with(LOGS) && (rule.access.changes() || rule.access.execute) {
+                    let start = start(rule, mode);
+                    add(
+                        false,
+                        format!(
+                            "{start}: has no effect, as {LOGS} is read-only to tasks, and Nomad writes there; leave the entry out, and write to alloc/data"
+                        ),
+                    );
+                }
+                continue;
+            }
         };
         // Not the host's file then.
         if order.is_some_and(|order| is_laid_over(order, path)) {
@@ -61,11 +114,11 @@ pub fn of_rules(rules: &[Rule], mode: Mode, order: Option<&Order>) -> Vec<Findin
         }) {
             Ok(found) => found,
             Err(error) => {
-                let problem = match error.raw_os_error() {
-                    Some(libc_errno) => errno_text(libc_errno, &error),
-                    None => error.to_string(),
-                };
-                add(true, format!("{}: {problem}", start(rule, mode)));
+                let (start, problem) = (start(rule, mode), problem(&error));
+                add(
+                    true,
+                    format!("{start}: {problem}; correct the path, or make what it names"),
+                );
                 continue;
             }
         };
@@ -111,14 +164,18 @@ pub fn of_rules(rules: &[Rule], mode: Mode, order: Option<&Order>) -> Vec<Findin
             is_file,
         });
     }
+    findings.extend(managers::of_rules(&seen, mode));
     for (index, one) in seen.iter().enumerate() {
-        if matches!(one.rule.source, Source::Plugin | Source::Task)
+        if !matches!(mode, Mode::OfOperator(Useless::Untold))
+            && mode.writes(one.rule.source)
+            && !mode.is_work_dirs(one.rule)
             && !has_other_effect(&one.real)
             && let Some(other) = covering(one, index, &seen)
         {
             let (spelled, of) = (spelled(other.rule), whose(other.rule.source));
             findings.push(finding(
                 one.rule,
+                mode,
                 false,
                 format!(
                     "{}: all of it is open already by {spelled} of {of}; leave the entry out",
@@ -130,11 +187,20 @@ pub fn of_rules(rules: &[Rule], mode: Mode, order: Option<&Order>) -> Vec<Findin
     findings
 }
 
+/// All that this host says of the rules of a task.
+pub fn of_plan(plan: &Plan) -> Vec<Finding> {
+    let mode = Mode::OfTask(plan);
+    let mut findings = work_dir::judge(plan);
+    findings.extend(of_rules(&plan.order.rules, mode));
+    findings.extend(of_overruled(&plan.overruled, mode));
+    findings
+}
+
 /// What is written twice, where the second has no effect.
-pub fn of_overruled(overruled: &[Overruled], mode: Mode) -> Vec<Finding> {
+pub fn of_overruled(overruled: &[Overruled], mode: Mode<'_>) -> Vec<Finding> {
     let written = overruled
         .iter()
-        .filter(|it| matches!(it.rule.source, Source::Plugin | Source::Task));
+        .filter(|it| mode.writes(it.rule.source) && !mode.is_work_dirs(&it.rule));
     written
         .map(|Overruled { rule, by }| {
             let (winner, of) = (spelled(by), whose(by.source));
@@ -142,28 +208,33 @@ pub fn of_overruled(overruled: &[Overruled], mode: Mode) -> Vec<Finding> {
                 "{}: has no effect, as {winner} of {of} is for the same path and comes first; leave the entry out",
                 start(rule, mode)
             );
-            finding(rule, false, sentence)
+            finding(rule, mode, false, sentence)
         })
         .collect()
 }
 
-fn finding(rule: &Rule, is_error: bool, sentence: String) -> Finding {
+pub fn finding(rule: &Rule, mode: Mode<'_>, is_error: bool, sentence: String) -> Finding {
     Finding {
         source: rule.source,
-        written: spelled(rule),
+        key: match rule.source {
+            Source::Plugin => "unveil_paths",
+            _ if mode.is_work_dirs(rule) => work_dir::KEY,
+            _ => "unveil",
+        },
         is_error,
         sentence,
     }
 }
 
 /// In the words of the launcher, which fails on it.
-fn start(rule: &Rule, mode: Mode) -> String {
+pub fn start(rule: &Rule, mode: Mode<'_>) -> String {
     let spelled = spelled(rule);
     match (rule.source, mode) {
-        (Source::Plugin, Mode::OfOperator) => spelled,
-        (Source::Plugin, Mode::OfTask) => {
+        (Source::Plugin, Mode::OfOperator(_)) => spelled,
+        (Source::Plugin, Mode::OfTask(_)) => {
             format!("unveil {spelled} (an entry of the operator's unveil_paths)")
         }
+        _ if mode.is_work_dirs(rule) => format!("work_dir {}", rule.written.display()),
         _ => format!("unveil {spelled}"),
     }
 }
@@ -181,18 +252,17 @@ pub fn whose(source: Source) -> &'static str {
     }
 }
 
-fn errno_text(errno: i32, error: &std::io::Error) -> String {
+/// In the launcher's words.
+pub fn problem(error: &std::io::Error) -> String {
     let text = error.to_string();
-    let suffix = format!(" (os error {errno})");
-    let text = text.strip_suffix(&suffix).unwrap_or(&text);
+    let text = text.split(" (os error ").next().unwrap_or_default();
     let mut characters = text.chars();
     let first = characters.next().map(|first| first.to_ascii_lowercase());
-    let text: String = first.into_iter().chain(characters).collect();
-    format!("{text}; correct the path, or make what it names")
+    first.into_iter().chain(characters).collect()
 }
 
 /// Whether a volume or a device of the task's lies there.
-fn is_laid_over(order: &Order, path: &Path) -> bool {
+pub fn is_laid_over(order: &Order, path: &Path) -> bool {
     order.binds.iter().any(|bind| match &bind.target {
         Place::Host(target) => path.starts_with(target),
         Place::Task(_) => false,
@@ -200,10 +270,10 @@ fn is_laid_over(order: &Order, path: &Path) -> bool {
 }
 
 /// CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
-const PASSES: u64 = 1 << 1 | 1 << 2;
+pub const PASSES: u64 = 1 << 1 | 1 << 2;
 
 /// Whether a user passes all directories above a path, by their modes.
-fn reaches(path: &Path, uid: u32, gid: u32) -> bool {
+pub fn reaches(path: &Path, uid: u32, gid: u32) -> bool {
     uid == 0
         || path
             .ancestors()
@@ -212,7 +282,7 @@ fn reaches(path: &Path, uid: u32, gid: u32) -> bool {
 }
 
 /// Whether a user may pass a directory or execute a file; what an ACL lets them do is the kernel's to tell.
-fn may_execute(path: &Path, uid: u32, gid: u32) -> bool {
+pub fn may_execute(path: &Path, uid: u32, gid: u32) -> bool {
     let Ok(meta) = fs::metadata(path) else {
         return false;
     };
@@ -256,7 +326,7 @@ fn covering<'a>(one: &Seen<'_>, index: usize, all: &'a [Seen<'a>]) -> Option<&'a
     })
 }
 
-fn includes(all: Access, part: Access) -> bool {
+pub fn includes(all: Access, part: Access) -> bool {
     (all.read || !part.read)
         && (all.write || !part.write)
         && (all.execute || !part.execute)
@@ -327,7 +397,7 @@ mod tests {
     fn told(entries: &[&str]) -> Vec<(bool, String)> {
         let entries: Vec<String> = entries.iter().map(|entry| (*entry).to_owned()).collect();
         let rules = unveil::operators(&entries).unwrap();
-        of_rules(&rules, Mode::OfOperator, None)
+        of_rules(&rules, Mode::OfOperator(Useless::Told))
             .into_iter()
             .map(|finding| (finding.is_error, finding.sentence))
             .collect()

@@ -8,9 +8,10 @@ use serde::Serialize;
 
 use super::CheckError;
 use super::agent::Agent;
-use super::findings::{self, Mode};
+use super::findings;
 use super::report::{self, Line, Status};
 use super::view::View;
+use super::work_dir;
 use crate::cli::run::job::{self as run_job, JobTask, last};
 use crate::cli::run::{DYNAMIC, Given, RunError, inherited, node};
 use crate::cli::terminal::{Colours, MAX_SENTENCE_BYTES};
@@ -34,8 +35,8 @@ pub const ALLOC_ID: &str = "00000000-0000-0000-0000-000000000000";
 /// What is told of one task.
 #[derive(Debug, Serialize)]
 pub struct Checked {
-    /// `GROUP/TASK`.
-    pub task: String,
+    /// `GROUP/TASK`; `None` if the file itself is at fault.
+    pub task: Option<String>,
     /// `None` if there is none, for an error among the findings.
     pub plan: Option<View>,
     pub findings: Vec<Line>,
@@ -44,13 +45,25 @@ pub struct Checked {
 }
 
 impl Checked {
+    fn of_file(error: &RunError) -> Self {
+        Self {
+            task: None,
+            plan: None,
+            findings: vec![Line::error("job", error.to_string())],
+            at_start: Vec::new(),
+        }
+    }
+
     pub fn text(&self, file: &Path, colours: Colours) -> String {
         let worst = self.findings.iter().map(|line| line.status).max();
         let verdict = match worst {
             Some(Status::Error) => "would not start",
             _ => "would start",
         };
-        let title = format!("task {} of {}: {verdict}", self.task, file.display());
+        let title = match &self.task {
+            Some(task) => format!("task {task} of {}: {verdict}", file.display()),
+            None => format!("{}: {verdict}", file.display()),
+        };
         let plan = self.plan.as_ref().map(View::text).unwrap_or_default();
         let open = self.at_start.iter();
         let open: String = open
@@ -85,7 +98,12 @@ struct Surroundings<'a> {
 
 /// Checks the tasks of a file that are this driver's, or the one that is named.
 pub async fn check(file: &Path, given: &Given, agent: &Agent) -> Result<Vec<Checked>, CheckError> {
-    let job = run_job::parse(file, given)?;
+    let job = match run_job::parse(file, given) {
+        Ok(job) => job,
+        // No client would take it either: that is the answer, and no failure to give one.
+        Err(error @ RunError::Job { .. }) => return Ok(vec![Checked::of_file(&error)]),
+        Err(error) => return Err(error.into()),
+    };
     let wanted = given.of_job.task.as_deref();
     let chosen: Vec<(Group, Task)> = match wanted {
         Some(name) => {
@@ -146,7 +164,10 @@ pub async fn check(file: &Path, given: &Given, agent: &Agent) -> Result<Vec<Chec
 impl Surroundings<'_> {
     fn check(&self, job: &Job, group: Group, task: Task) -> Checked {
         let mut checked = Checked {
-            task: one_line(&format!("{}/{}", group.name, task.name), MAX_SENTENCE_BYTES),
+            task: Some(one_line(
+                &format!("{}/{}", group.name, task.name),
+                MAX_SENTENCE_BYTES,
+            )),
             plan: None,
             findings: Vec::new(),
             at_start: self.at_start(job, &group, &task),
@@ -344,22 +365,23 @@ impl Surroundings<'_> {
         checked: &mut Checked,
     ) {
         let order = &plan.order;
-        let found = findings::of_rules(&order.rules, Mode::OfTask, Some(order));
-        let overruled = findings::of_overruled(&plan.overruled, Mode::OfTask);
-        for finding in found.into_iter().chain(overruled) {
-            let at = match finding.source {
-                Source::Task => unveil_line(&written.config, "unveil paths"),
-                _ => None,
-            };
+        for finding in findings::of_plan(plan) {
+            let of_job = written
+                .config
+                .iter()
+                .filter(|_| finding.source == Source::Task);
+            let mut named = of_job.filter(|(name, _)| name == finding.key);
+            let at = named.next().map(|(_, setting)| setting.line);
             let sentence = match at {
                 Some(line) => format!("{}:{line}: {}", self.file.display(), finding.sentence),
                 None => finding.sentence,
             };
             checked.findings.push(match finding.is_error {
-                true => Line::error("unveil", sentence),
-                false => Line::warning("unveil", sentence),
+                true => Line::error(finding.key, sentence),
+                false => Line::warning(finding.key, sentence),
             });
         }
+        checked.at_start.extend(work_dir::at_start(order));
         let command = findings::command(order);
         match &command {
             findings::Command::Found(_) => {}

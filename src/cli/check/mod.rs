@@ -4,9 +4,11 @@ mod agent;
 mod findings;
 mod host;
 mod job;
+mod managers;
 mod plugin_dir;
 mod report;
 mod view;
+mod work_dir;
 
 use std::io::{self, ErrorKind, Write};
 use std::path::PathBuf;
@@ -18,7 +20,7 @@ use thiserror::Error;
 use self::agent::Agent;
 use self::report::{Line, Status};
 use super::run::{Given, RunError};
-use super::terminal::colours;
+use super::terminal::{colours, say};
 use crate::host::Host;
 use crate::systemd::Systemd;
 
@@ -43,8 +45,9 @@ Examples:
   nomad-driver-exec2 check --config /etc/nomad.d/client.hcl
   nomad-driver-exec2 check --volume data=/srv/data tests/nomad/volumes.nomad.hcl
 
-The exit status is 0 if all is well or there are only warnings, 1 if there is an error, 125 if nothing could be checked, and 2
-for a wrong option."
+The exit status is 0 if all is well or there are only warnings, and 1 if there is an error: in the host, the agent's
+configuration or the job file. It is 125 if nothing could be checked, as the file cannot be read or has no such task, and 2 for
+wrong options; both are told on standard error, and nothing else is printed."
 )]
 pub struct Check {
     /// Print an array of objects in one line
@@ -74,13 +77,21 @@ pub enum CheckError {
 
 /// What is wrong was found.
 const FOUND: u8 = 1;
+/// As clap has it.
+const WRONG_OPTIONS: u8 = 2;
 
 impl Check {
     pub fn main(self) -> Result<ExitCode, CheckError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let (shown, is_well) = runtime.block_on(self.look())?;
+        let (shown, is_well) = match runtime.block_on(self.look()) {
+            Err(error @ CheckError::NoFile(_)) => {
+                say(error);
+                return Ok(ExitCode::from(WRONG_OPTIONS));
+            }
+            looked => looked?,
+        };
         match self.print(&shown) {
             // Whoever reads has seen enough.
             Err(error) if error.kind() != ErrorKind::BrokenPipe => return Err(error.into()),

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
 
+use crate::plan::managers::leads_to_manager;
 use crate::plan::steps::Access;
 use crate::plan::unveil;
 
@@ -150,7 +151,7 @@ fn accesses(seen: &Seen, ground: &Ground, remarks: &mut Vec<String>) -> Needs {
         // What is hidden comes back for an entry alone, and what leads to a manager for one with `w`.
         let is_given = ground.given.iter().any(|given| path.starts_with(given));
         let is_used = used.connects || !used.access.is_none();
-        access.write |= is_given && is_used && (used.connects || unveil::leads_to_manager(path));
+        access.write |= is_given && is_used && (used.connects || leads_to_manager(path));
         if path == Path::new(ROOT) && !access.is_none() {
             remarks.push(format!(
                 "{access}:/ is not in the list, as it would unveil the whole host: what the command did in the directory / itself fails without"

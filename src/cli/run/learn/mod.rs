@@ -20,6 +20,7 @@ use self::trace::{Traced, Unseen};
 use super::attend::{Attendance, By};
 use super::{RunError, Subject, Unveil};
 use crate::cli::terminal::{Stops, say};
+use crate::plan::managers::leads_to_manager;
 use crate::plan::steps::{Access, Order, Place, Source};
 use crate::plan::unveil;
 use crate::task::Tracing;
@@ -254,7 +255,7 @@ fn is_hidden(path: &Path, uid: u32) -> bool {
     let is_there = |path: &Path| fs::symlink_metadata(path).is_ok();
     match uid {
         0 => is_there(path) || path.parent().is_some_and(is_there),
-        _ => unveil::leads_to_manager(path) && is_there(path),
+        _ => leads_to_manager(path) && is_there(path),
     }
 }
 
