@@ -539,7 +539,7 @@ fn ctrl_c_brings_the_list(context: &Context) -> Result<()> {
 }
 
 fn a_killed_run_takes_the_traced_command_along(context: &Context) -> Result<()> {
-    const PROBES: &str = "sleep\04713\0";
+    const PROBES: &str = "sleep\x004713\0";
     let ground = Ground::survey()?;
     let mut child = Command::new(context.driver())
         .args(["run", "--learn", "--probe", "sleep 4713; sleep 4714"])
