@@ -57,7 +57,7 @@ complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand ru
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l ignore -d 'Do without a block that needs a cluster, as in `artifact` [repeatable]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l learn -d 'Run with everything unveiled, and print an `unveil` list under which the command could do what it did; to standard error, or into FILE' -r -F
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l probe -d 'Say by a shell command when a server works: it is tried until it succeeds, and then the task is stopped' -r
-complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l prune -d 'Run the command again without each entry and each letter, and leave out those without which it ends with the same status, and prints the same if it does so twice'
+complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l prune -d 'Run a command that ends with status 0 again without each entry and each letter, and leave out those without which it still does, and prints the same if it does so twice'
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -s h -l help -d 'Print help'
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand tasks" -l watch -d 'Print again every so many seconds, until Ctrl-C' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand tasks" -l json -d 'Print an array of objects in one line, with null for what is not known or not limited'

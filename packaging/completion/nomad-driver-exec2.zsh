@@ -63,7 +63,7 @@ _arguments "${_arguments_options[@]}" : \
 '*--ignore=[Do without a block that needs a cluster, as in \`artifact\` \[repeatable\]]:BLOCK:_default' \
 '--learn=[Run with everything unveiled, and print an \`unveil\` list under which the command could do what it did; to standard error, or into FILE]::FILE:_files' \
 '--probe=[Say by a shell command when a server works\: it is tried until it succeeds, and then the task is stopped]:COMMAND:_default' \
-'--prune[Run the command again without each entry and each letter, and leave out those without which it ends with the same status, and prints the same if it does so twice]' \
+'--prune[Run a command that ends with status 0 again without each entry and each letter, and leave out those without which it still does, and prints the same if it does so twice]' \
 '-h[Print help]' \
 '--help[Print help]' \
 '::file -- The job file:_files' \

@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use crate::case;
+use crate::nomad::{Job, said};
 
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, what_succeeded_is_listed_and_nothing_else),
@@ -22,7 +23,12 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, a_pipe_for_a_program_does_not_hold_the_tracer),
     case!(Speed, Ours, pruning_leaves_what_is_needed),
     case!(Speed, Ours, a_list_is_not_pruned_by_what_differs_anyway),
+    case!(Speed, Ours, a_command_that_fails_is_nothing_to_prune_by),
+    case!(Speed, Ours, an_attempt_that_spoils_the_next_ones_is_noticed),
     case!(Speed, Ours, a_job_files_task_is_learned_from),
+    case!(Speed, Ours, a_job_reads_the_list_as_it_is_printed),
+    case!(Limits, Agent, a_real_agent_reads_the_list_as_it_is_printed),
+    case!(Speed, Ours, of_the_commands_own_files_in_proc_one_is_enough),
     case!(Speed, Ours, what_no_call_shows_is_remarked),
     case!(Speed, Ours, a_list_opens_the_terminals_that_a_command_makes),
     case!(Speed, Ours, a_probe_tells_something_and_leaves_nothing),
@@ -36,6 +42,7 @@ pub const CASES: &[Case] = &[
         postgresql_works_with_the_list_and_with_no_less
     ),
     case!(Programs, Ours, java_works_with_the_list_and_with_no_less),
+    case!(Programs, Ours, a_list_for_java_opens_no_user_namespaces),
 ];
 
 /// A directory that any user may write in.
@@ -247,6 +254,61 @@ fn a_list_is_not_pruned_by_what_differs_anyway(context: &Context) -> Result<()> 
     Ok(())
 }
 
+fn a_command_that_fails_is_nothing_to_prune_by(context: &Context) -> Result<()> {
+    let dir = open_dir()?;
+    let at = dir.path().display();
+    fs::write(dir.path().join("read"), "")?;
+    for (end, code, told) in [
+        ("exit 7", 7, "exit code 7"),
+        ("cat /no/such/file", 1, "exit code 1"),
+        ("kill -TERM $$; :", 143, "signal 15"),
+    ] {
+        let script = format!("read line <{at}/read; {end}");
+        let output = run(context, &["--learn", "--prune"], &["sh", "-c", &script])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(code), "{output:?}");
+        ensure!(
+            said.contains(&format!("the command comes to {told}: "))
+                && said.contains("nothing is pruned")
+                && said.contains("--probe"),
+            "{said}"
+        );
+        ensure!(
+            list(&output)?.contains(&format!("r:{at}/read")) && said.contains("(see --prune)"),
+            "{said}"
+        );
+    }
+    Ok(())
+}
+
+fn an_attempt_that_spoils_the_next_ones_is_noticed(context: &Context) -> Result<()> {
+    let dir = open_dir()?;
+    let at = dir.path().display();
+    fs::create_dir(dir.path().join("d"))?;
+    fs::set_permissions(dir.path().join("d"), Permissions::from_mode(0o777))?;
+    fs::write(dir.path().join("optional"), "")?;
+    // With "c" and no "w" the file is made, and cannot be opened.
+    let begins = format!("if [ -e {at}/d/lock ] && [ ! -s {at}/d/lock ]; then exit 5; fi");
+    let works = format!("echo 1 >{at}/d/lock || exit 6; cat {at}/optional; rm {at}/d/lock");
+    let learn = |begins: &str| -> Result<(Vec<String>, String)> {
+        let script = format!("{begins}; {works}");
+        let output = run(context, &["--learn", "--prune"], &["sh", "-c", &script])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((list(&output)?, said))
+    };
+    let (found, told) = learn(&begins)?;
+    ensure!(
+        found.contains(&format!("r:{at}/optional"))
+            && told.contains("has left something behind")
+            && told.contains("(see --prune)"),
+        "{told}"
+    );
+    // As the sentence says.
+    let (found, told) = learn(&format!("rm -f {at}/d/lock; {begins}"))?;
+    ensure!(found == [format!("wc:{at}/d")], "{told}");
+    Ok(())
+}
+
 fn a_job_files_task_is_learned_from(context: &Context) -> Result<()> {
     let dir = open_dir()?;
     let input = dir.path().join("in");
@@ -289,6 +351,100 @@ fn a_job_files_task_is_learned_from(context: &Context) -> Result<()> {
             "{output:?}"
         );
     }
+    Ok(())
+}
+
+/// A directory whose name would be templates of HCL, and a script that does not name it so, but reads a file in it.
+fn template_dir() -> Result<(TempDir, String)> {
+    let dir = open_dir()?;
+    let inner = dir.path().join("$${x}%{if}$%");
+    fs::create_dir(&inner)?;
+    fs::write(inner.join("in"), "read\n")?;
+    let at = dir.path().display();
+    let script = format!("cat {at}/$(printf '\\044\\044{{x}}\\045{{if}}\\044\\045')/in");
+    Ok((dir, script))
+}
+
+/// The list as it stands there, for a job.
+fn printed_list(context: &Context, script: &str) -> Result<String> {
+    let output = run(context, &["--learn"], &["sh", "-c", script])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{said}");
+    let (start, end) = (said.find("unveil = ["), said.rfind(']'));
+    let (start, end) = start.zip(end).with_context(|| said.clone())?;
+    Ok(said[start..=end].to_owned())
+}
+
+fn a_job_reads_the_list_as_it_is_printed(context: &Context) -> Result<()> {
+    let (dir, script) = template_dir()?;
+    let list = printed_list(context, &script)?;
+    let job = dir.path().join("t.nomad.hcl");
+    for (lines, works) in [(&*list, true), ("unveil = []", false)] {
+        fs::write(&job, Job::shell(&script).config(lines).text())?;
+        let output = Command::new(context.driver())
+            .arg("run")
+            .arg(&job)
+            .stdin(Stdio::null())
+            .output()?;
+        ensure!(
+            output.status.success() == works && (output.stdout == b"read\n") == works,
+            "{lines}: {output:?}"
+        );
+    }
+    Ok(())
+}
+
+fn a_real_agent_reads_the_list_as_it_is_printed(context: &Context) -> Result<()> {
+    let (_dir, script) = template_dir()?;
+    let script = format!("{script}; echo 0x3f >/proc/self/coredump_filter");
+    let list = printed_list(context, &script)?;
+    context.block_on(async {
+        let agent = crate::agent::agent(context).await?;
+        for (lines, status) in [(&*list, "complete"), ("unveil = []", "failed")] {
+            let job = Job::shell(&format!("set -e; {script}"))
+                .config(lines)
+                .text();
+            let (id, ended) = crate::agent::to_end(&agent, &job).await?;
+            let told = crate::agent::messages(&agent, &id, "t").await?;
+            ensure!(ended == status, "{lines}: {told:?}");
+            if status == "complete" {
+                ensure!(
+                    agent.logs(&id, "t", "stdout").await? == "read\n",
+                    "{told:?}"
+                );
+            }
+        }
+        agent.collect().await?;
+        agent.finish().await
+    })
+}
+
+fn of_the_commands_own_files_in_proc_one_is_enough(context: &Context) -> Result<()> {
+    let own = "echo 0x3f >/proc/self/coredump_filter || exit 9";
+    let output = run(context, &["--learn"], &["sh", "-c", own])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(list(&output)? == ["w:/proc/self/coredump_filter"], "{said}");
+    ensure!(!said.contains("user namespaces"), "{said}");
+    let makes = format!("{own}; unshare --user true");
+    let unveil = ["--unveil", "w:/proc/self/coredump_filter"];
+    let output = run(context, &unveil, &["sh", "-c", &makes])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(
+        output.status.code() == Some(1) && said.contains("unshare failed"),
+        "{output:?}"
+    );
+    ensure!(run(context, &[], &["sh", "-c", own])?.status.code() == Some(9));
+
+    let childs = format!("({own}); unshare --user true");
+    let output = run(context, &["--learn"], &["sh", "-c", &childs])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(list(&output)?.contains(&"rw:/proc".into()), "{said}");
+    ensure!(
+        said.contains("// the w of rw:/proc is for /proc/PID/coredump_filter, and lets the task create user namespaces"),
+        "{said}"
+    );
+    let output = run(context, &["--unveil", "rw:/proc"], &["sh", "-c", &childs])?;
+    ensure!(output.status.success(), "it tells of nothing: {output:?}");
     Ok(())
 }
 
@@ -383,25 +539,33 @@ fn ctrl_c_brings_the_list(context: &Context) -> Result<()> {
 }
 
 fn a_killed_run_takes_the_traced_command_along(context: &Context) -> Result<()> {
+    const PROBES: &str = "sleep\x004713\0";
     let ground = Ground::survey()?;
     let mut child = Command::new(context.driver())
-        .args(["run", "--learn", "--", "sleep", "600"])
+        .args(["run", "--learn", "--probe", "sleep 4713; sleep 4714"])
+        .args(["--", "sleep", "600"])
         .stdin(Stdio::null())
         .spawn()?;
-    sleep(Duration::from_millis(500));
     let is_running = |leak: &Leak| matches!(leak, Leak::Unit(_));
-    ensure!(ground.left()?.iter().any(is_running), "it does not run");
+    let comes_to = |running: bool| -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let left = ground.left()?;
+            let is = [left.iter().any(is_running), is_executing(PROBES)?];
+            if is == [running; 2] {
+                return Ok(());
+            }
+            ensure!(
+                begun.elapsed() < Duration::from_secs(10),
+                "the command and the probe's run: {is:?}; {left:?}"
+            );
+            sleep(Duration::from_millis(20));
+        }
+    };
+    comes_to(true)?;
     child.kill()?;
     child.wait()?;
-    let begun = Instant::now();
-    while ground.left()?.iter().any(is_running) {
-        ensure!(
-            begun.elapsed() < Duration::from_secs(10),
-            "{:?}",
-            ground.left()?
-        );
-        sleep(Duration::from_millis(20));
-    }
+    comes_to(false)?;
     // As of any run that was killed.
     let left = ground.left()?;
     left.iter()
@@ -410,6 +574,14 @@ fn a_killed_run_takes_the_traced_command_along(context: &Context) -> Result<()> 
         .for_each(Leak::clear);
     left.iter().for_each(Leak::clear);
     Ok(())
+}
+
+/// Whether a process of this guest has these words, each with a NUL behind it.
+fn is_executing(words: &str) -> Result<bool> {
+    let processes = fs::read_dir("/proc")?.flatten();
+    Ok(processes
+        .filter_map(|process| fs::read(process.path().join("cmdline")).ok())
+        .any(|line| line == words.as_bytes()))
 }
 
 /// Learns and prunes, and then sees for itself: it works with this list, and with no entry less.
@@ -440,6 +612,7 @@ fn works_with_the_list_and_with_no_less(
         let missing = fewer.remove(at);
         ensure!(!with(&fewer)?, "it works without {missing}");
     }
+    ensure!(with(&entries)?, "an attempt spoiled those after it");
     Ok(())
 }
 
@@ -464,37 +637,78 @@ fn nginx_works_with_the_list_and_with_no_less(context: &Context) -> Result<()> {
     let command = ["/usr/sbin/nginx", "-e", "stderr", "-c", &path];
     let probe = "bash -c 'exec 3<>/dev/tcp/127.0.0.1/8012; echo GET / >&3; read line <&3; [ \"$line\" = hello ] || [ -n \"$line\" ]'";
     works_with_the_list_and_with_no_less(context, &["--probe", probe], &command, |unveil| {
-        let mut child = Command::new(context.driver())
-            .arg("run")
-            .args(unveil)
-            .arg("--")
-            .args(command)
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let works = loop {
-            if std::net::TcpStream::connect("127.0.0.1:8012").is_ok() {
-                break true;
-            }
-            if child.try_wait()?.is_some() {
-                break false;
-            }
-            sleep(Duration::from_millis(20));
-        };
-        if works {
-            kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
-        }
-        child.wait()?;
-        Ok(works)
+        serves(context, unveil, &command, || {
+            std::net::TcpStream::connect("127.0.0.1:8012").is_ok()
+        })
     })
 }
 
+/// Whether a server comes to answer before it ends, which it has to do in time.
+fn serves(
+    context: &Context,
+    options: &[&str],
+    command: &[&str],
+    answers: impl Fn() -> bool,
+) -> Result<bool> {
+    let mut child = Command::new(context.driver())
+        .arg("run")
+        .args(options)
+        .arg("--")
+        .args(command)
+        .stdin(Stdio::null())
+        .spawn()?;
+    let begun = Instant::now();
+    let works = loop {
+        if answers() {
+            break true;
+        }
+        if child.try_wait()?.is_some() {
+            return Ok(false);
+        }
+        if begun.elapsed() > Duration::from_secs(20) {
+            break false;
+        }
+        sleep(Duration::from_millis(20));
+    };
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
+    child.wait()?;
+    Ok(works)
+}
+
+/// The server, whose children answer queries, by its socket and by TCP. It runs as its own user, as it refuses to as root, and clears
+/// the lock file that an attempt left empty.
 fn postgresql_works_with_the_list_and_with_no_less(context: &Context) -> Result<()> {
-    let script = "set -e; cd local
-        bin=/usr/lib/postgresql/17/bin
-        $bin/initdb --pgdata=data --username=postgres --auth=trust --no-sync --no-instructions >/dev/null
-        echo 'select 6 * 7' | $bin/postgres --single -D data -c shared_buffers=16MB postgres | grep -q '= \"42\"'";
-    judged_by_status(context, &["--memory", "512M"], &["sh", "-c", script])
+    let dir = open_dir()?;
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (data, sockets) = (path("data"), path("sockets"));
+    let bin = "/usr/lib/postgresql/17/bin";
+    let made = format!(
+        "set -e; install -d -m 700 -o postgres -g postgres {data} {sockets}
+        runuser -u postgres -- {bin}/initdb --pgdata={data} --username=postgres --auth=trust --no-sync --no-instructions"
+    );
+    said("sh", &["-c", &made])?;
+    let query = format!(
+        "for host in {sockets} 127.0.0.1; do
+            answer=$({bin}/psql -X -q -At -h $host -p 8015 -U postgres \
+                -c 'create table if not exists t (n int)' -c 'insert into t values (6)' -c 'select 7 * n from t limit 1' postgres)
+            [ \"$answer\" = 42 ] || exit 1
+        done"
+    );
+    let answers = || {
+        let mut psql = Command::new("sh");
+        let psql = psql.args(["-c", &query]).stderr(Stdio::null());
+        psql.status().is_ok_and(|status| status.success())
+    };
+    let options = ["--user", "postgres", "--memory", "512M"];
+    let learned = [&options[..], &["--probe", &query]].concat();
+    let start = format!(
+        "rm -f {data}/postmaster.pid {sockets}/.s.PGSQL.8015.lock
+        exec {bin}/postgres -D {data} -p 8015 -k {sockets} -c listen_addresses=127.0.0.1 -c shared_buffers=16MB"
+    );
+    let command = ["sh", "-c", &start];
+    works_with_the_list_and_with_no_less(context, &learned, &command, |unveil| {
+        serves(context, &[&options, unveil].concat(), &command, answers)
+    })
 }
 
 fn java_works_with_the_list_and_with_no_less(context: &Context) -> Result<()> {
@@ -509,6 +723,21 @@ fn java_works_with_the_list_and_with_no_less(context: &Context) -> Result<()> {
         &["--memory", "512M"],
         &["java", "-XX:TieredStopAtLevel=1", &path],
     )
+}
+
+/// The JVM writes to its coredump_filter.
+fn a_list_for_java_opens_no_user_namespaces(context: &Context) -> Result<()> {
+    let command = ["java", "-XX:TieredStopAtLevel=1", "-version"];
+    let output = run(context, &["--memory", "512M", "--learn"], &command)?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{said}");
+    let entries = list(&output)?;
+    ensure!(
+        entries.contains(&"w:/proc/self/coredump_filter".into())
+            && !entries.iter().any(|entry| entry.ends_with(":/proc")),
+        "{said}"
+    );
+    Ok(())
 }
 
 fn judged_by_status(context: &Context, options: &[&str], command: &[&str]) -> Result<()> {

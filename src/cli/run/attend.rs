@@ -233,13 +233,10 @@ async fn works(probe: Option<&str>) {
 }
 
 async fn succeeds(probe: &str) -> bool {
-    let mut command = Command::new("/bin/sh");
-    command.args(["-c", probe]).stdin(Stdio::null());
-    command.stdout(Stdio::null()).stderr(Stdio::null());
-    match command.process_group(0).spawn().map(Probe) {
+    match Probe::start(probe) {
         Ok(running) => loop {
             let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-            match waitid(WaitId::Pid(Pid::from_child(&running.0)), look) {
+            match waitid(WaitId::Pid(Pid::from_child(&running.command.0)), look) {
                 Ok(None) => sleep(PROBE_LOOK).await,
                 Ok(Some(status)) => return status.exit_status() == Some(0),
                 Err(_) => return false,
@@ -252,12 +249,50 @@ async fn succeeds(probe: &str) -> bool {
     }
 }
 
-/// Does not outlive the wait for it, nor does what it has started. Not reaped before that: its group's number is still its own.
-struct Probe(Child);
+/// Does not outlive the wait for it, nor does what it has started. Dropped in this order: the group is killed first.
+struct Probe {
+    _group: Group,
+    command: Reaped,
+}
 
-impl Drop for Probe {
+impl Probe {
+    fn start(probe: &str) -> io::Result<Probe> {
+        // PR_SET_PDEATHSIG would end the shell alone. The pipe's other end is ours only, and closes however we end.
+        let guard = shell("read -r line; kill -KILL 0")
+            .stdin(Stdio::piped())
+            .process_group(0)
+            .spawn()?;
+        let leader = Pid::from_child(&guard);
+        let group = Group(guard);
+        let command = shell(probe).process_group(leader.as_raw_pid()).spawn()?;
+        Ok(Probe {
+            _group: group,
+            command: Reaped(command),
+        })
+    }
+}
+
+fn shell(script: &str) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", script]).stdin(Stdio::null());
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// The first process of a group. Not reaped before all of it is killed: the group's number is still its own.
+struct Group(Child);
+
+impl Drop for Group {
     fn drop(&mut self) {
         let _ = kill_process_group(Pid::from_child(&self.0), Signal::KILL);
+        let _ = self.0.wait();
+    }
+}
+
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
         let _ = self.0.wait();
     }
 }

@@ -12,6 +12,9 @@ use crate::plan::unveil;
 pub const MOST_FILES: usize = 16;
 
 const ROOT: &str = "/";
+const PROC: &str = "/proc";
+/// Of use only to who may create user namespaces, which goes by /proc itself.
+const MAPS: [&str; 4] = ["uid_map", "gid_map", "projid_map", "setgroups"];
 
 /// What was done at one path. What the command made itself counts as done at the directory in which it was made: there will be no
 /// such file for an entry to name when it is run again.
@@ -30,6 +33,8 @@ pub struct Seen {
     pub uses: BTreeMap<PathBuf, Use>,
     /// Files that went, or were linked, from one directory to another.
     pub moves: BTreeSet<(PathBuf, PathBuf)>,
+    /// The directory below /proc of the task's first process.
+    pub first: Option<PathBuf>,
 }
 
 /// What is open without any entry of the list.
@@ -62,6 +67,8 @@ impl fmt::Display for Entry {
 pub struct List {
     pub entries: Vec<Entry>,
     pub remarks: Vec<String>,
+    /// The names of files of processes for which /proc is to be writable.
+    pub proc_files: BTreeSet<String>,
 }
 
 type Needs = BTreeMap<PathBuf, Access>;
@@ -96,8 +103,8 @@ fn add(needs: &mut Needs, path: &Path, access: Access) {
 }
 
 pub fn list(seen: &Seen, ground: &Ground) -> List {
-    let mut remarks = Vec::new();
-    let mut needs = accesses(seen, ground, &mut remarks);
+    let (mut remarks, mut proc_files) = (Vec::new(), BTreeSet::new());
+    let mut needs = accesses(seen, ground, &mut remarks, &mut proc_files);
     moves(seen, ground, &mut needs, &mut remarks);
     changes(seen, ground, &mut needs);
     let mut needs = uncovered(needs);
@@ -120,17 +127,30 @@ pub fn list(seen: &Seen, ground: &Ground) -> List {
         };
         entries.push(Entry { access, path });
     }
-    List { entries, remarks }
+    List {
+        entries,
+        remarks,
+        proc_files,
+    }
 }
 
 /// What can be named in a list, for what comes and goes: a process' directory, a terminal, and who makes terminals.
-fn lasting(path: &Path) -> &Path {
+fn lasting(path: &Path, seen: &Seen) -> PathBuf {
+    // A rule on it is on the file of the process that becomes the command, whatever that executes.
+    let of_first = path
+        .file_name()
+        .filter(|_| path.parent() == seen.first.as_deref());
+    if let Some(name) = of_first
+        && !MAPS.iter().any(|map| name == *map)
+    {
+        return Path::new(PROC).join("self").join(name);
+    }
     let is_number = |part: Component<'_>| {
         let digits = part.as_os_str().as_encoded_bytes();
         // The slave that a master's ioctl opens is at no path of any call.
         digits.iter().all(u8::is_ascii_digit) || path == Path::new("/dev/pts/ptmx")
     };
-    ["/proc", "/dev/pts"]
+    [PROC, "/dev/pts"]
         .into_iter()
         .map(Path::new)
         .find(|top| {
@@ -141,12 +161,18 @@ fn lasting(path: &Path) -> &Path {
             below.next().is_some_and(is_number)
         })
         .unwrap_or(path)
+        .to_owned()
 }
 
-fn accesses(seen: &Seen, ground: &Ground, remarks: &mut Vec<String>) -> Needs {
+fn accesses(
+    seen: &Seen,
+    ground: &Ground,
+    remarks: &mut Vec<String>,
+    proc_files: &mut BTreeSet<String>,
+) -> Needs {
     let mut needs = Needs::new();
-    for (path, used) in &seen.uses {
-        let path = lasting(path);
+    for (at, used) in &seen.uses {
+        let path = &lasting(at, seen);
         let mut access = used.access.without(ground.grants(path));
         // What is hidden comes back for an entry alone, and what leads to a manager for one with `w`.
         let is_given = ground.given.iter().any(|given| path.starts_with(given));
@@ -157,6 +183,12 @@ fn accesses(seen: &Seen, ground: &Ground, remarks: &mut Vec<String>) -> Needs {
                 "{access}:/ is not in the list, as it would unveil the whole host: what the command did in the directory / itself fails without"
             ));
             continue;
+        }
+        if path == Path::new(PROC)
+            && access.write
+            && let Some(name) = at.file_name()
+        {
+            proc_files.insert(name.to_string_lossy().into_owned());
         }
         add(&mut needs, path, access);
     }
@@ -209,7 +241,7 @@ fn moves(seen: &Seen, ground: &Ground, needs: &mut Needs, remarks: &mut Vec<Stri
 
 fn changes(seen: &Seen, ground: &Ground, needs: &mut Needs) {
     for (path, _) in seen.uses.iter().filter(|(_, used)| used.changes) {
-        let path = lasting(path);
+        let path = &lasting(path, seen);
         let open = ground.grants(path).with(granted_by(needs, path));
         if !open.changes() && path != Path::new(ROOT) {
             add(needs, path, unveil::letters("w"));
@@ -336,6 +368,24 @@ mod tests {
     fn an_entry_for_a_default_path_keeps_what_that_allows() {
         assert_eq!(of(&["c:/usr/lib"]), ["rxc:/usr/lib"]);
         assert_eq!(of(&["w:/proc/7/oom_score_adj"]), ["rw:/proc"]);
+    }
+
+    #[test]
+    fn of_the_commands_own_files_in_proc_one_is_enough() {
+        let of = |uses: &[&str]| {
+            let mut seen = seen(uses);
+            seen.first = Some("/proc/2".into());
+            list(&seen, &ground())
+        };
+        let own = of(&["rw:/proc/2/coredump_filter", "r:/proc/2/maps"]);
+        assert_eq!(shown(&own), ["w:/proc/self/coredump_filter"]);
+        assert!(own.proc_files.is_empty(), "{own:?}");
+        let childs = of(&["rw:/proc/3/coredump_filter", "rw:/proc/2/task/4/comm"]);
+        assert_eq!(shown(&childs), ["rw:/proc"]);
+        let names: Vec<&str> = childs.proc_files.iter().map(String::as_str).collect();
+        assert_eq!(names, ["comm", "coredump_filter"]);
+        // User namespaces go by /proc itself.
+        assert_eq!(shown(&of(&["w:/proc/2/uid_map"])), ["rw:/proc"]);
     }
 
     #[test]

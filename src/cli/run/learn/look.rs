@@ -70,6 +70,15 @@ impl Thread {
         text
     }
 
+    /// Its number in the innermost PID namespace, which is that of the /proc it sees.
+    pub fn own_number(self) -> Option<String> {
+        let status = fs::read_to_string(self.entry("status")).ok()?;
+        let numbers = status
+            .lines()
+            .find_map(|line| line.strip_prefix("NSpid:"))?;
+        numbers.split_whitespace().last().map(str::to_owned)
+    }
+
     pub fn entry(self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/{name}", self.0))
     }

@@ -6,6 +6,7 @@ mod look;
 mod prune;
 mod trace;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use std::time::Instant;
 use clap::Args;
 
 use self::list::{Entry, Ground, List, list};
+use self::prune::End;
 use self::trace::{Traced, Unseen};
 use super::attend::{Attendance, By};
 use super::{RunError, Subject, Unveil};
@@ -44,7 +46,7 @@ pub struct Learn {
         require_equals = true
     )]
     learn: Option<Option<PathBuf>>,
-    /// Run the command again without each entry and each letter, and leave out those without which it ends with the same status, and prints the same if it does so twice
+    /// Run a command that ends with status 0 again without each entry and each letter, and leave out those without which it still does, and prints the same if it does so twice
     #[arg(long, requires = "learn")]
     prune: bool,
     /// Say by a shell command when a server works: it is tried until it succeeds, and then the task is stopped
@@ -121,9 +123,13 @@ pub async fn learn(
     };
     let listed = list(&traced.seen, &ground(&order));
     remark(&traced, &order, &listed);
-    let mut entries = listed.entries;
-    let mut comment =
-        "// what the command used; it may be able to do without some of it (see --prune)";
+    let List {
+        mut entries,
+        proc_files,
+        ..
+    } = listed;
+    let mut state = State::Learned;
+    let end = End::of(&attended);
     if options.prune && attended.by == By::Person {
         say(
             "the command was stopped before it ended: there is no end to compare, and nothing is pruned",
@@ -136,6 +142,11 @@ pub async fn learn(
         say(format_args!(
             "--probe: the command ended before it succeeded{pruned}; see why it ended"
         ));
+    } else if options.prune && !end.is_success() {
+        say(format_args!(
+            "the command comes to {}: without an entry it may do so as well and have done nothing, and nothing is pruned. Have it end with 0 when it has worked, or say with --probe when it works",
+            end.described()
+        ));
     } else if options.prune {
         if let Some(job) = &mut subject.job {
             job.is_told = true;
@@ -145,12 +156,12 @@ pub async fn learn(
         match pruning.prune(entries.clone(), stops).await {
             Ok(pruned) => {
                 entries = pruned;
-                comment = "// without any letter of it the command ends otherwise";
+                state = State::Pruned;
             }
             Err(prune::Unpruned(why)) => say(why),
         }
     }
-    target.write(&hcl(comment, &entries))?;
+    target.write(&hcl(&comments(state, &entries, &proc_files), &entries))?;
     Ok(attended.exit)
 }
 
@@ -259,29 +270,85 @@ fn is_hidden(path: &Path, uid: u32) -> bool {
     }
 }
 
+/// How a list came about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Learned,
+    Pruned,
+}
+
+/// What is to be known by who takes the list.
+fn comments(state: State, entries: &[Entry], proc_files: &BTreeSet<String>) -> Vec<String> {
+    let (whole, instead) = match state {
+        State::Learned => (
+            "what the command used; it may be able to do without some of it (see --prune)",
+            "--prune tells whether the command can do without",
+        ),
+        State::Pruned => (
+            "without any letter of it the command ends otherwise",
+            "a smaller entry does for a program that is the command itself, or that a script executes in its place by `exec`",
+        ),
+    };
+    let mut comments = vec![whole.to_owned()];
+    let opens_maps =
+        |entry: &&Entry| entry.access.write && Path::new("/proc").starts_with(&entry.path);
+    if let Some(entry) = entries.iter().find(opens_maps) {
+        let files: Vec<String> = proc_files
+            .iter()
+            .map(|name| format!("/proc/PID/{name}"))
+            .collect();
+        comments.push(format!(
+            "the w of {entry} is for {}, and lets the task create user namespaces, too: {instead}",
+            files.join(", ")
+        ));
+    }
+    if entries.iter().any(|entry| is_template(&entry.to_string())) {
+        comments.push(
+            "Nomad reads a job's strings twice, and a path that has ${ or %{ is written so that it comes out right; --unveil takes it as it is".into(),
+        );
+    }
+    comments
+}
+
+fn is_template(text: &str) -> bool {
+    text.contains("${") || text.contains("%{")
+}
+
 /// As it stands in a job file.
-fn hcl(comment: &str, entries: &[Entry]) -> String {
+fn hcl(comments: &[String], entries: &[Entry]) -> String {
     if entries.is_empty() {
         return "unveil = []\n".into();
     }
-    let mut text = format!("{comment}\nunveil = [\n");
+    let comments: String = comments.iter().map(|line| format!("// {line}\n")).collect();
+    let mut text = format!("{comments}unveil = [\n");
     for entry in entries {
         text += &format!("  {},\n", quoted(&entry.to_string()));
     }
     text + "]\n"
 }
 
-/// A string of HCL, in which `${` and `%{` begin nothing.
+/// A string of HCL in a task's `config`. Nomad reads it when it reads the file, and what came of that again as a template when the task
+/// is started: what would begin something stands in a string of an interpolation that the first reading leaves alone.
 fn quoted(text: &str) -> String {
     let mut quoted = String::from("\"");
-    let mut characters = text.chars().peekable();
-    while let Some(character) = characters.next() {
+    let mut rest = text;
+    while let Some(character) = rest.chars().next() {
+        let after = rest.trim_start_matches(['$', '%']);
+        let marks = &rest[..rest.len() - after.len()];
+        if !marks.is_empty() {
+            match after.starts_with('{') {
+                true => quoted += &format!("$${{\\\"{marks}\\\"}}"),
+                false => quoted += marks,
+            }
+            rest = after;
+            continue;
+        }
+        rest = &rest[character.len_utf8()..];
         match character {
             '\n' => quoted.push_str("\\n"),
             '\r' => quoted.push_str("\\r"),
             '\t' => quoted.push_str("\\t"),
             '"' | '\\' => quoted.extend(['\\', character]),
-            '$' | '%' if characters.peek() == Some(&'{') => quoted.extend([character; 2]),
             _ if character.is_control() => quoted += &format!("\\u{:04x}", character as u32),
             _ => quoted.push(character),
         }
@@ -293,40 +360,52 @@ fn quoted(text: &str) -> String {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::job::RunTime;
+    use std::collections::BTreeMap;
+
+    fn entries(paths: &[&str]) -> Vec<Entry> {
+        let entry = |path: &&str| Entry {
+            access: unveil::letters("rw"),
+            path: path.into(),
+        };
+        paths.iter().map(entry).collect()
+    }
 
     #[test]
-    fn the_list_reads_as_hcl_whatever_is_in_a_path() {
+    fn a_task_gets_each_path_as_it_is_whatever_is_in_it() {
         let paths = [
             "/a b",
             "/a\"b\\c",
             "/a\\b\\f\\u0041\u{c}",
             "/${x}%{y}",
+            "/$${x}$%%{if y}$ %% $$z%",
+            "/${\"\\",
             "/a\nb\tc\u{8}\u{1}\u{85}",
-            "/ä",
+            "/ä${",
+            "/$",
         ];
-        let entries = paths.map(|path| Entry {
-            access: unveil::letters("r"),
-            path: path.into(),
-        });
-        let text = hcl("# comment", &entries);
-        let body: hcl::Body = hcl::from_str(&text).unwrap();
-        let list = body.attributes().next().unwrap().expr().clone();
-        let hcl::Expression::Array(items) = list else {
-            panic!("{list:?}")
-        };
-        let read: Vec<String> = items.iter().map(ToString::to_string).collect();
-        for (item, path) in read.iter().zip(paths) {
-            let item: hcl::Expression = item.parse().unwrap();
-            let value = match item {
-                hcl::Expression::String(text) => text,
-                hcl::Expression::TemplateExpr(template) => template.to_string(),
-                other => panic!("{other:?}"),
-            };
-            if !path.contains('{') {
-                assert_eq!(value, format!("r:{path}"));
-            }
+        let text = hcl(&["one".into(), "two".into()], &entries(&paths));
+        assert!(text.starts_with("// one\n// two\nunveil = [\n"), "{text}");
+        let context = hcl::eval::Context::new();
+        let body: BTreeMap<String, Vec<String>> = hcl::eval::from_str(&text, &context).unwrap();
+        let run_time = RunTime::new(BTreeMap::new());
+        for (item, path) in body["unveil"].iter().zip(paths) {
+            let read = run_time.string(item, 1).unwrap();
+            assert_eq!(read, format!("rw:{path}"), "{text}");
         }
-        assert!(text.contains("$${x}%%{y}"), "{text}");
-        assert_eq!(hcl("# c", &[]), "unveil = []\n");
+        assert_eq!(body["unveil"].len(), paths.len());
+        assert_eq!(hcl(&["c".into()], &[]), "unveil = []\n");
+    }
+
+    #[test]
+    fn who_takes_the_list_is_told_what_else_it_opens() {
+        let files = BTreeSet::from(["coredump_filter".to_owned()]);
+        let of = |state, paths: &[&str]| comments(state, &entries(paths), &files)[1..].join("\n");
+        for state in [State::Learned, State::Pruned] {
+            let told = of(state, &["/a", "/proc"]);
+            assert!(told.starts_with("the w of rw:/proc is for /proc/PID/coredump_filter, and lets the task create user namespaces"), "{told}");
+            assert_eq!(of(state, &["/a", "/proc/self/coredump_filter"]), "");
+            assert!(of(state, &["/%{x}"]).contains("twice"));
+        }
     }
 }

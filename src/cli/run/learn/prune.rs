@@ -25,7 +25,7 @@ pub struct Pruning<'a> {
 
 /// As far as ends are compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+pub enum End {
     Status {
         code: i32,
         signal: i32,
@@ -36,7 +36,14 @@ enum End {
 }
 
 impl End {
-    fn of(attended: &Attended) -> End {
+    const SUCCESS: End = End::Status { code: 0, signal: 0 };
+
+    /// Of any other nobody knows whether the command did what it is for.
+    pub fn is_success(self) -> bool {
+        matches!(self, End::SUCCESS | End::Works)
+    }
+
+    pub fn of(attended: &Attended) -> End {
         match attended.by {
             By::Probe => End::Works,
             By::Limit => End::TooSlow,
@@ -47,7 +54,7 @@ impl End {
         }
     }
 
-    fn described(self) -> String {
+    pub fn described(self) -> String {
         match self {
             End::Status { code, signal: 0 } => format!("exit code {code}"),
             End::Status { signal, .. } => format!("signal {signal}"),
@@ -99,10 +106,13 @@ impl<'a> Pruning<'a> {
         let compares_output = self.compares_output(&entries, stops).await?;
         let mut left_out = Vec::new();
         let mut at = 0;
+        // Whether the last attempt was one that worked.
+        let mut works = true;
         while at < entries.len() {
             let mut fewer = entries.clone();
             let entry = fewer.remove(at);
-            if self.suffices(&fewer, compares_output, stops).await? {
+            works = self.suffices(&fewer, compares_output, stops).await?;
+            if works {
                 left_out.push(entry);
                 entries = fewer;
                 continue;
@@ -112,13 +122,21 @@ impl<'a> Pruning<'a> {
                 let mut fewer = entries.clone();
                 fewer[at].access = fewer[at].access.without(letters(&letter.to_string()));
                 // All of it has been tried.
-                if !fewer[at].access.is_none()
-                    && self.suffices(&fewer, compares_output, stops).await?
-                {
+                if fewer[at].access.is_none() {
+                    continue;
+                }
+                works = self.suffices(&fewer, compares_output, stops).await?;
+                if works {
                     entries = fewer;
                 }
             }
             at += 1;
+        }
+        // A server that may create its lock file but not write to it leaves an empty one, and never starts again.
+        if !works && !self.suffices(&entries, compares_output, stops).await? {
+            return Err(Unpruned(
+                "an attempt without an entry has left something behind with which the command now fails with the whole list, too: the list is as it was learned. Have the command remove what it leaves, as a lock file, before it begins".into(),
+            ));
         }
         self.name(&left_out);
         Ok(entries)

@@ -49,7 +49,9 @@ pub fn attach(helper: i32) -> io::Result<JoinHandle<Traced>> {
         let _ = tell.send(seized);
         let mut tracer = Tracer::default();
         // An error ends this thread, and the kernel kills with it whatever it still traces.
-        if is_seized && follow_to_task(helper).unwrap_or(false) {
+        if is_seized && let Ok(Some(task)) = follow_to_task(helper) {
+            let number = Thread(task).own_number();
+            tracer.traced.seen.first = number.map(|number| Path::new("/proc").join(number));
             tracer.traced.broken_off = tracer.follow().err();
         }
         tracer.traced
@@ -59,21 +61,21 @@ pub fn attach(helper: i32) -> io::Result<JoinHandle<Traced>> {
     Ok(thread)
 }
 
-/// Follows the helper until it has forked the task, which is traced from its first instruction on. Whether it came that far.
-fn follow_to_task(helper: i32) -> io::Result<bool> {
+/// Follows the helper until it has forked the task, which is traced from its first instruction on. `None` if it did not come that far.
+fn follow_to_task(helper: i32) -> io::Result<Option<i32>> {
     loop {
         // Its end is for whoever started it to reap.
         if trace::is_ending(helper)? {
-            return Ok(false);
+            return Ok(None);
         }
         match trace::wait(helper)? {
-            Some((_, Stop::Child(_))) => {
+            Some((_, Stop::Child(task))) => {
                 // As the supervisor it must not be killed with us, before it has written how the task ended.
                 trace::detach(helper)?;
-                return Ok(true);
+                return Ok(Some(task));
             }
             Some((_, stop)) => go_on(helper, stop, Resume::Freely),
-            None => return Ok(false),
+            None => return Ok(None),
         }
     }
 }
