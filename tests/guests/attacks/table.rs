@@ -205,9 +205,10 @@ pub const THREATS: &[Threat] = &[
     Threat {
         name: "a variable or a name of the job leads somewhere else",
         who: "author",
-        stopped_by: "no path is taken from a job's environment; a dynamic user's number is checked",
+        stopped_by: "no path is taken from a job's environment; a dynamic user's number is checked, and is one allocation's alone",
         attempts: &[],
         tests: &[
+            "guests::bad_input::a_dynamic_user_is_one_allocations_alone",
             "guests::bad_input::a_mistake_is_a_sentence_with_key_and_value",
             "guests::bad_input::a_hostile_request_is_refused_and_leaves_nothing",
         ],
