@@ -128,6 +128,7 @@ const ROOMS: [Room; 18] = [
             "users",
         ],
         crates: &[
+            "futures_util",
             "libc",
             "nix",
             "rmp_serde",
@@ -165,6 +166,7 @@ const ROOMS: [Room; 18] = [
             "tokio",
             "tokio_stream",
             "tonic",
+            "tonic_prost",
             "tracing",
             "tracing_subscriber",
         ],
