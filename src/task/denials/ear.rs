@@ -163,7 +163,8 @@ mod tests {
         let (open, seen) = opened(&sources, &hears);
         let mut ear = Ear::new(open, hears.clone(), SOON);
         assert!(hears.load(Ordering::Relaxed));
-        let heard = tokio::time::timeout(Duration::from_secs(30), ear.hear(&mut [0; 64]));
+        let mut buffer = [0; 64];
+        let heard = tokio::time::timeout(Duration::from_secs(30), ear.hear(&mut buffer));
         assert!(heard.await.unwrap().records.is_empty());
         assert_eq!(*seen.lock().unwrap(), [false; 4]);
         assert!(hears.load(Ordering::Relaxed));
