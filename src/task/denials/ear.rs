@@ -145,7 +145,10 @@ mod tests {
     fn opened(
         sources: &[Source],
         hears: &Arc<AtomicBool>,
-    ) -> (impl Fn() -> io::Result<OwnedFd> + use<>, Arc<Mutex<Vec<bool>>>) {
+    ) -> (
+        impl Fn() -> io::Result<OwnedFd> + use<>,
+        Arc<Mutex<Vec<bool>>>,
+    ) {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let (sources, told, hears) = (sources.to_owned(), seen.clone(), hears.clone());
         let open = move || {
