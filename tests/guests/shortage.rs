@@ -19,7 +19,12 @@ pub const CASES: &[Case] = &[
     case!(Both, Ours, a_full_run_refuses_starts_and_loses_no_end),
     case!(Limits, Ours, no_free_pid_refuses_starts_for_now),
     case!(Limits, Ours, a_fork_bomb_is_stopped),
-    case!(Limits, Ours, a_memory_limit_that_no_start_fits_in_is_told),
+    case!(
+        Limits,
+        Ours,
+        a_memory_limit_that_no_start_fits_in_is_told,
+        Long
+    ),
     case!(Limits, Ours, a_host_without_memory_keeps_its_tasks),
     case!(Limits, Ours, a_task_in_uninterruptible_sleep_is_told),
 ];
@@ -210,7 +215,7 @@ fn a_memory_limit_that_no_start_fits_in_is_told(context: &Context) -> Result<()>
         let ground = Ground::survey()?;
         let long = "x".repeat(100 << 10);
         let job = |memory: u32| {
-            Job::command("/bin/true", &vec![long.as_str(); 17])
+            Job::command("/bin/true", &vec![long.as_str(); 12])
                 .resources(&format!("cpu = 100\n memory = {memory}"))
                 .text()
         };
