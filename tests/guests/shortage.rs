@@ -215,7 +215,7 @@ fn a_memory_limit_that_no_start_fits_in_is_told(context: &Context) -> Result<()>
         let ground = Ground::survey()?;
         let long = "x".repeat(100 << 10);
         let job = |memory: u32| {
-            Job::command("/bin/true", &vec![long.as_str(); 12])
+            Job::command("/bin/true", &[long.as_str(); 12])
                 .resources(&format!("cpu = 100\n memory = {memory}"))
                 .text()
         };
