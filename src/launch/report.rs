@@ -280,12 +280,8 @@ pub(super) fn child_killed(control: impl AsFd, signal: i32) -> io::Result<()> {
 }
 
 fn killed(signal: i32) -> Failure {
-    let hint = match signal {
-        libc::SIGKILL => " (is its memory limit too low?)",
-        _ => "",
-    };
     Failure::new(Step::Fork, 0).note(format!(
-        "the task's process was killed by signal {signal} before its command ran{hint}"
+        "the task's process was killed by signal {signal} before its command ran"
     ))
 }
 

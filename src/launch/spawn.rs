@@ -44,6 +44,10 @@ impl Idle {
         idle(program).map(Idle)
     }
 
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.0.pidfd.as_fd()
+    }
+
     /// Lets it end. To be reaped by the pidfd.
     pub fn dismiss(self) -> OwnedFd {
         self.0.pidfd

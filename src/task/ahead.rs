@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 
@@ -31,7 +32,8 @@ pub enum Ahead {
 #[derive(Debug)]
 pub(super) struct Helpers {
     ahead: Ahead,
-    idle: Mutex<Option<Idle>>,
+    /// With what watches over it.
+    idle: Mutex<Option<(Idle, AbortHandle)>>,
     /// Held by whoever makes one; closed when no more are made.
     making: Semaphore,
 }
@@ -51,7 +53,32 @@ impl Helpers {
 
 impl TaskTable {
     pub(super) fn idle_helper(&self) -> Option<Idle> {
-        lock(&self.shared.helpers.idle).take()
+        let (idle, watch) = lock(&self.shared.helpers.idle).take()?;
+        // Whoever has it reaps it, and of a supervisor learns how it ended.
+        watch.abort();
+        Some(idle)
+    }
+
+    /// Keeps it until the next start. If somebody kills it before, it is reaped at once, and the next start makes one for itself.
+    fn keep_helper(&self, idle: Idle) {
+        let Ok(pidfd) = idle.pidfd().try_clone_to_owned() else {
+            tokio::spawn(wait::reaped(idle.dismiss()));
+            return;
+        };
+        let tasks = self.clone();
+        let watch = tokio::spawn(async move {
+            if let Err(error) = wait::ended(pidfd).await {
+                debug!("the helper ahead cannot be watched: {error}");
+                return;
+            }
+            // There is one thread: had it been taken, this would not go on.
+            let ended = lock(&tasks.shared.helpers.idle).take();
+            if let Some((idle, _)) = ended {
+                debug!("the helper ahead has ended by itself");
+                wait::reaped(idle.dismiss()).await;
+            }
+        });
+        *lock(&self.shared.helpers.idle) = Some((idle, watch.abort_handle()));
     }
 
     /// In a thread of its own, as it waits until the helper is executed.
@@ -86,7 +113,7 @@ impl TaskTable {
                 return;
             }
             match tasks.new_helper().await {
-                Ok(Ok(idle)) => *lock(&helpers.idle) = Some(idle),
+                Ok(Ok(idle)) => tasks.keep_helper(idle),
                 Ok(Err(error)) => debug!("no helper ahead: {error}"),
                 Err(error) => debug!("no helper ahead: {error}"),
             }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::table::{Settings, TaskTable, lock};
 use super::types::{Attribute, Fingerprint, Health};
+use crate::audit::Audit;
 use crate::host::{self, Fitness, Host};
 use crate::plan::capabilities;
 
@@ -35,7 +36,11 @@ impl TaskTable {
         if let Ok(version) = &systemd {
             *lock(&self.shared.grain) = host::quota_grain(version);
         }
-        let fresh = fingerprint(&Host::read(), &systemd, &self.settings());
+        let mut host = Host::read();
+        if self.is_deaf() {
+            host.audit = host.audit.map(|_| Audit::Refused);
+        }
+        let fresh = fingerprint(&host, &systemd, &self.settings());
         self.shared.fingerprint.send_if_modified(|current| {
             let changed = *current != fresh;
             *current = fresh;

@@ -123,7 +123,7 @@ fn revive(
         oom_turn: Arc::new(Semaphore::new(1)),
         sessions: Arc::new(Semaphore::new(exec::MOST_SESSIONS)),
         denials: Mutex::default(),
-        asked: Asked::by(request),
+        asked: state.asked.clone().unwrap_or_else(|| Asked::by(request)),
         exit: watch::Sender::new(None),
         cgroup,
         unit,

@@ -390,6 +390,7 @@ fn assemble(
         start_ticks: 0,
     });
     let started_at = SystemTime::now();
+    let asked = Asked::new(&request.options.unveil, &plan.order.task_dir.path);
     let state = DriverState {
         unit: plan.unit.to_string(),
         cgroup: cgroup.path_in_hierarchy(),
@@ -401,6 +402,7 @@ fn assemble(
         started_unix_nanos: started_at
             .duration_since(UNIX_EPOCH)
             .map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)),
+        asked: Some(asked.clone()),
     };
     let task = Task {
         id: request.id.clone(),
@@ -419,7 +421,7 @@ fn assemble(
         sessions: Arc::new(Semaphore::new(exec::MOST_SESSIONS)),
         cpus: Mutex::new(plan.limits.allowed_cpus.clone()),
         denials: Mutex::default(),
-        asked: Asked::new(&request.options.unveil, &plan.order.task_dir.path),
+        asked,
         exit: watch::Sender::new(None),
     };
     Ok((task, state))

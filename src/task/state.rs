@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::denials::Asked;
 use crate::text::{UnitText, one_line};
 
 /// Version of the handle, as Nomad stores it beside the bytes.
@@ -27,6 +28,9 @@ pub struct DriverState {
     pub main: Process,
     pub record: PathBuf,
     pub started_unix_nanos: u64,
+    /// After a restart of the agent, Nomad knows the job's configuration no more.
+    #[serde(default)]
+    pub asked: Option<Asked>,
 }
 
 /// A process that is known again: a bare pid is reused by strangers.
@@ -146,6 +150,7 @@ mod tests {
             },
             record: "/run/x".into(),
             started_unix_nanos: 3,
+            asked: Some(Asked::new(&["rw:/srv".into()], "/a/web".as_ref())),
         }
     }
 

@@ -70,9 +70,13 @@ impl Task {
 }
 
 /// Until the process has ended. PID 1 of a PID namespace ends only after every process in it.
-async fn readable(pidfd: &OwnedFd) -> io::Result<()> {
-    let _ready = sys::readable(pidfd.try_clone()?)?.readable().await?;
+pub(super) async fn ended(pidfd: OwnedFd) -> io::Result<()> {
+    let _ready = sys::readable(pidfd)?.readable().await?;
     Ok(())
+}
+
+async fn readable(pidfd: &OwnedFd) -> io::Result<()> {
+    ended(pidfd.try_clone()?).await
 }
 
 /// The same, however long it takes to get a descriptor to watch with: until then the process counts as alive.

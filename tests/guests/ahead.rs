@@ -16,6 +16,11 @@ use crate::nomad::{Job, Scope, agent, until};
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, the_next_start_finds_it_and_leaves_another),
     case!(Speed, Ours, one_that_was_killed_is_not_missed),
+    case!(
+        Speed,
+        Ours,
+        one_that_was_killed_is_no_zombie_until_the_next_start
+    ),
     case!(Speed, Ours, starts_at_once_leave_one),
     case!(Speed, Ours, it_ends_with_its_plugin),
 ];
@@ -94,6 +99,30 @@ fn one_that_was_killed_is_not_missed(context: &Context) -> Result<()> {
             // The dead one is no zombie any more, or there were two.
             ensure!(ahead(plugin).await? != killed);
             alloc.stop().await?;
+        }
+        agent.finish().await
+    })
+}
+
+fn one_that_was_killed_is_no_zombie_until_the_next_start(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let plugin = agent.plugin_pid().await.context("there is no plugin")?;
+        let descriptors = || Some(fs::read_dir(format!("/proc/{plugin}/fd")).ok()?.count());
+        let mut with_one = None;
+        for _ in 0..3 {
+            agent.run(&sleeping()).await?.stop().await?;
+            let killed = ahead(plugin).await?;
+            with_one = with_one.max(descriptors());
+            kill(Pid::from_raw(killed.cast_signed()), Signal::SIGKILL)?;
+            until("it is reaped", || {
+                idle_helpers(plugin).ok()?.is_empty().then_some(())
+            })
+            .await?;
+            until("nothing is kept of it", || {
+                (descriptors() < with_one).then_some(())
+            })
+            .await?;
         }
         agent.finish().await
     })

@@ -257,9 +257,12 @@ fn sessions_and_later_plugins_are_told_of(context: &Context) -> Result<()> {
         let agent = agent(context).await?;
         let path = flags.path().to_str().context("UTF-8")?;
         let script = format!(
-            "read x < /etc/passwd; while :; do [ -e '{path}/go' ] && read x < /etc/group; sleep 0.2; done"
+            "read x < /etc/passwd; while :; do [ -e '{path}/go' ] && read x < /etc/group
+            [ -e '{path}/more' ] && echo > '{path}/new'; sleep 0.2; done"
         );
-        let alloc = agent.run(&Job::shell(&script).text()).await?;
+        let old = format!("rw:{path}");
+        let job = Job::shell(&script).unveil(&[&old]);
+        let alloc = agent.run(&job.text()).await?;
         let task = alloc.only_task()?;
         let scope = Scope::of(task)?;
         let sentence = |process: &str, file: &str| {
@@ -278,6 +281,14 @@ fn sessions_and_later_plugins_are_told_of(context: &Context) -> Result<()> {
         ensure!(length > 0, "the domain is not kept");
         fs::write(flags.path().join("go"), "")?;
         told(&agent, task, &sentence("sh", "/etc/group")).await?;
+
+        // What the job asked for is known although Nomad's handle has no configuration any more.
+        ensure!(agent.restart().await?.is_empty(), "it was not recovered");
+        fs::write(flags.path().join("more"), "")?;
+        let sentence = format!(
+            "Landlock denied sh to make a file in {path}; \"rwc:{path}\" in place of \"{old}\" in unveil would allow it"
+        );
+        told(&agent, task, &sentence).await?;
         alloc.stop().await?;
         agent.finish().await
     })

@@ -127,6 +127,11 @@ impl Talk {
         Ok(Talk::open(agent, &task.id(), command, Terminal::No).await?)
     }
 
+    pub async fn on_terminal(agent: &Agent, task: &Task, command: Vec<String>) -> Result<Talk> {
+        let terminal = Terminal::Of(24, 80);
+        Ok(Talk::open(agent, &task.id(), command, terminal).await?)
+    }
+
     pub async fn send(&self, data: &[u8]) -> Result<()> {
         Ok(self.sender.send(stdin(data, false)).await?)
     }

@@ -19,6 +19,12 @@ pub const CASES: &[Case] = &[
     case!(Both, Ours, a_full_run_refuses_starts_and_loses_no_end),
     case!(Limits, Ours, no_free_pid_refuses_starts_for_now),
     case!(Limits, Ours, a_fork_bomb_is_stopped),
+    case!(
+        Limits,
+        Ours,
+        a_memory_limit_that_no_start_fits_in_is_told,
+        Long
+    ),
     case!(Limits, Ours, a_host_without_memory_keeps_its_tasks),
     case!(Limits, Ours, a_task_in_uninterruptible_sleep_is_told),
 ];
@@ -200,6 +206,37 @@ impl Drop for Narrow {
         let _ = fs::write(self.home.join("cgroup.procs"), self.pid.to_string());
         let _ = fs::remove_dir(&self.dir);
     }
+}
+
+/// The kernel counts the arguments of a command as the task's memory, before it runs.
+fn a_memory_limit_that_no_start_fits_in_is_told(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let ground = Ground::survey()?;
+        let long = "x".repeat(100 << 10);
+        let job = |memory: u32| {
+            Job::command("/bin/true", &[long.as_str(); 12])
+                .resources(&format!("cpu = 100\n memory = {memory}"))
+                .text()
+        };
+        let begun = Instant::now();
+        let refused = agent.run(&job(1)).await.err().context("it started")?;
+        let refused = refused.downcast::<RpcError>()?;
+        context.note(format!("{} ({:?})", refused.message, begun.elapsed()));
+        ensure!(refused.recoverable, "{refused:?}");
+        ensure!(
+            refused
+                .message
+                .ends_with("or is the task's memory limit too low?"),
+            "{refused:?}"
+        );
+        nothing_left(&ground).await?;
+        // Control: it is the limit.
+        let alloc = agent.run(&job(16)).await?;
+        ensure!(alloc.only_task()?.wait().await?.success());
+        alloc.stop().await?;
+        agent.finish().await
+    })
 }
 
 fn a_fork_bomb_is_stopped(context: &Context) -> Result<()> {

@@ -1,22 +1,23 @@
 //! What Landlock denies to tasks, told: as events, and in the journal of the task's unit. The kernel's records name a domain; whose
 //! that is, is told once, with the first denial of it.
 
+mod ear;
 mod heard;
 mod told;
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsStr;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use serde::{Deserialize, Serialize};
 use tokio::time::{sleep, timeout};
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::table::{Task, TaskTable, lock};
 use super::types::{TaskId, TaskRequest};
@@ -26,13 +27,12 @@ use crate::plan::denials::{self, Denied, Unveiled};
 use crate::plan::steps::Denials as Logging;
 use crate::sys;
 use crate::text::fnv1a;
+use ear::{Ear, FIRST_PAUSE};
 use heard::{Event, Heard};
 pub(super) use told::Told;
 use told::{End, Verdict};
 
-/// Records read at once at most, and the pause after them: a task that is denied things as fast as it can must not have us busy with
-/// it, outside of its limits. What the socket does not hold meanwhile is lost, and that is told.
-const BATCH: usize = 512;
+/// After each batch.
 const BREATH: Duration = Duration::from_millis(10);
 /// How often what is kept is looked at again.
 const TICK: Duration = Duration::from_millis(200);
@@ -47,10 +47,10 @@ const BETWEEN_LOSSES: Duration = Duration::from_secs(60);
 /// As our helpers call themselves when they restrict themselves.
 const HELPERS: &str = "exec2-";
 
-/// The one ear for all tasks.
-#[derive(Debug)]
+/// What is known of those who are denied something.
+#[derive(Debug, Default)]
 pub(super) struct Denials {
-    socket: AsyncFd<OwnedFd>,
+    hears: Arc<AtomicBool>,
     /// By the kernel's number of a domain; `None` is that of a stranger. A task that Nomad has destroyed meanwhile is told of, too.
     domains: Mutex<HashMap<u64, Option<Arc<Task>>>>,
     /// The processes of sessions that were started last. They may be gone before their denials are heard.
@@ -58,9 +58,9 @@ pub(super) struct Denials {
 }
 
 /// What a job asked for, as far as it makes a difference to what it should ask for.
-#[derive(Debug, Default)]
-pub(super) struct Asked {
-    /// Its `unveil`; empty where Nomad has forgotten it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Its `unveil`.
     unveil: Vec<String>,
     task_dir: PathBuf,
 }
@@ -73,7 +73,7 @@ impl Asked {
         }
     }
 
-    /// Of a task that was found again: its directory is that of its variables, which may say anything, but are for advice alone.
+    /// Of a task whose handle does not tell: Nomad may have forgotten its `unveil`, and its variables may say anything. For advice alone.
     pub fn by(request: &TaskRequest) -> Self {
         let local = request.env.get("NOMAD_TASK_DIR").map(Path::new);
         let task_dir = local.and_then(Path::parent).unwrap_or(Path::new(""));
@@ -81,21 +81,7 @@ impl Asked {
     }
 }
 
-#[derive(Debug)]
-struct Batch {
-    records: Vec<Record>,
-    has_lost: bool,
-}
-
 impl Denials {
-    pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            socket: sys::readable(audit::listen()?)?,
-            domains: Mutex::default(),
-            sessions: Mutex::default(),
-        })
-    }
-
     /// The domain of a task that an earlier plugin has found out: the kernel tells no second time.
     pub fn recall(&self, task: &Arc<Task>) {
         let mark = task.cgroup.mark(Mark::Domain);
@@ -127,32 +113,6 @@ impl Denials {
         let found = sessions.iter().rev().find(|(its, _)| *its == pid);
         found.map(|(_, id)| id.clone())
     }
-
-    /// Waits for records, and reads those that are there.
-    async fn hear(&self, buffer: &mut [u8]) -> io::Result<Batch> {
-        let read = |socket: &OwnedFd| {
-            let mut batch = Batch {
-                records: Vec::new(),
-                has_lost: false,
-            };
-            for read in 0..BATCH {
-                match audit::receive(socket, buffer) {
-                    Ok(record) => batch.records.extend(record),
-                    Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
-                        batch.has_lost = true;
-                    }
-                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                    // The reactor has to see it, to wait again.
-                    Err(error) if error.kind() == ErrorKind::WouldBlock && read > 0 => {
-                        return Ok(batch);
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-            Ok(batch)
-        };
-        self.socket.async_io(Interest::READABLE, read).await
-    }
 }
 
 /// What is kept between two batches.
@@ -180,26 +140,32 @@ impl TaskTable {
             if denials::logged(&config, sys::landlock_abi()) == Logging::Unlogged {
                 return None;
             }
-            match Denials::new() {
-                Ok(denials) => {
-                    let denials = Arc::new(denials);
-                    tokio::spawn(self.clone().keep_telling(denials.clone()));
-                    Some(denials)
-                }
-                Err(error) => {
-                    debug!("audit: {error}; what Landlock denies to tasks is not told");
-                    None
-                }
-            }
+            let denials = Arc::new(Denials::default());
+            let ear = Ear::new(audit::listen, denials.hears.clone(), FIRST_PAUSE);
+            tokio::spawn(self.clone().keep_telling(denials.clone(), ear));
+            Some(denials)
         };
         self.shared.denials.get_or_init(open).clone()
     }
 
-    async fn keep_telling(self, denials: Arc<Denials>) {
+    /// Whether nothing is heard although there are tasks.
+    pub(super) fn is_deaf(&self) -> bool {
+        let ear = self.shared.denials.get();
+        ear.is_some_and(|ear| {
+            ear.as_ref()
+                .is_none_or(|ear| !ear.hears.load(Ordering::Relaxed))
+        })
+    }
+
+    async fn keep_telling<Open: Fn() -> io::Result<OwnedFd>>(
+        self,
+        denials: Arc<Denials>,
+        mut ear: Ear<Open>,
+    ) {
         let mut buffer = vec![0; audit::RECORD_BYTES];
         let mut kept = Kept::default();
         loop {
-            let heard = denials.hear(&mut buffer);
+            let heard = ear.hear(&mut buffer);
             let batch = if kept.is_empty() {
                 Some(heard.await)
             } else {
@@ -208,22 +174,15 @@ impl TaskTable {
             let now = Instant::now();
             // What is heard now may open a new minute, in which the last one's count would wait.
             self.tell_short(&mut kept.short, now);
-            let has_heard = match batch {
-                Some(Ok(batch)) => {
-                    if batch.has_lost {
-                        tell_loss(&mut kept.loss_told, now);
-                    }
-                    for record in batch.records {
-                        self.take(&denials, &mut kept, record, now);
-                    }
-                    true
+            let has_heard = batch.is_some();
+            if let Some(batch) = batch {
+                if batch.has_lost {
+                    tell_loss(&mut kept.loss_told, now);
                 }
-                Some(Err(error)) => {
-                    warn!("audit: {error}; what Landlock denies to tasks is told no more");
-                    return;
+                for record in batch.records {
+                    self.take(&denials, &mut kept, record, now);
                 }
-                None => false,
-            };
+            }
             while let Some(event) = kept.heard.ripe(now) {
                 self.judge(&denials, &mut kept, event, now);
             }

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context};
 use harness::nomad::proto::driver::{Mount, TaskConfig};
-use harness::nomad::{Agent, Calls, Task};
+use harness::nomad::{Agent, Allocation, Calls, Task};
 use nomad_driver_exec2::job::request::new_task_id;
 
 use super::NOBODY;
@@ -122,16 +122,21 @@ fn a_directory_that_is_swapped_leads_no_session_out(context: &Context) -> Result
                     break;
                 }
             }
-            ensure!(looks.both(), "nothing was swapped in time: {looks:?}");
-            fs::write(task.paths().local.join("stop"), "")?;
-            let exit = task.wait().await?;
-            ensure!(exit.success(), "{exit:?}: {}", alloc.stderr("t")?);
-            alloc.stop().await?;
+            end_swapping(&alloc, &task.paths().local, &looks).await?;
         }
         agent.finish().await
     })?;
     ensure!(stage.files()? == before, "{}", stage.files()?);
     Ok(())
+}
+
+/// Ends it in the directory, where both must have been seen, and the allocation with it.
+async fn end_swapping(alloc: &Allocation, at: &Path, looks: &Looks) -> Result<()> {
+    ensure!(looks.both(), "nothing was swapped in time: {looks:?}");
+    fs::write(at.join("stop"), "")?;
+    let exit = alloc.task("t")?.wait().await?;
+    ensure!(exit.success(), "{exit:?}: {}", alloc.stderr("t")?);
+    alloc.stop().await
 }
 
 fn shell(script: &str) -> Vec<String> {
@@ -174,7 +179,7 @@ fn a_directory_that_is_swapped_leads_no_start_out(context: &Context) -> Result<(
     context.block_on(async {
         let agent = agent(context).await?;
         let alloc = agent.run(&text).await?;
-        let (swapper, victim) = (alloc.task("t")?, alloc.task("u")?);
+        let victim = alloc.task("u")?;
         until("it swaps", || {
             (alloc.stdout("t").ok()? == "up\n").then_some(())
         })
@@ -191,11 +196,7 @@ fn a_directory_that_is_swapped_leads_no_start_out(context: &Context) -> Result<(
                 break;
             }
         }
-        ensure!(looks.both(), "nothing was swapped in time: {looks:?}");
-        fs::write(alloc.task("t")?.paths().alloc.join("stop"), "")?;
-        let exit = swapper.wait().await?;
-        ensure!(exit.success(), "{exit:?}: {}", alloc.stderr("t")?);
-        alloc.stop().await?;
+        end_swapping(&alloc, &victim.paths().alloc, &looks).await?;
         agent.finish().await
     })?;
     ensure!(stage.files()? == before, "{}", stage.files()?);

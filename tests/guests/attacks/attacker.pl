@@ -15,6 +15,7 @@ my $supervisor = ($ENV{ATTACK_SUPERVISOR} // die "no supervisor") + 0;
 my $logs       = "$ENV{NOMAD_ALLOC_DIR}/logs";
 my $host_logs  = "$ENV{ATTACK_ALLOCS}/$ENV{NOMAD_ALLOC_ID}/alloc/logs";
 my $own        = $ENV{NOMAD_TASK_DIR};
+my $terminal   = $ENV{ATTACK_TERMINAL} // die "no terminal of others";
 my $cgroup     = "/sys/fs/cgroup/exec2-attacks";
 
 our %sys;
@@ -136,6 +137,25 @@ sub make_immutable {
     done(ioctl $file, 0x40086602, $flags);
 }
 
+# Its own: a descriptor that it was given, or whichever controls it.
+sub own_terminal {
+    return *STDIN if -t STDIN;
+    sysopen(my $file, "/dev/tty", O_RDWR | O_NOCTTY) or die "no terminal\n";
+    return $file;
+}
+
+sub terminal {
+    my ($path) = @_;
+    sysopen(my $file, $path, O_RDWR | O_NOCTTY) or die "$!\n";
+    return $file;
+}
+
+# TIOCSTI. An empty line does no harm, and leaves what is said as it is.
+sub type_on { my ($file) = @_; done(ioctl $file, 0x5412, my $typed = "\n") }
+
+# TIOCSCTTY with force: whoever it controlled is left without.
+sub take { my ($file) = @_; POSIX::setsid() or die "setsid: $!"; done(ioctl $file, 0x540e, 1) }
+
 # Whether it is gone, or stands still, a moment later.
 sub harmed {
     select undef, undef, undef, 0.1;
@@ -191,6 +211,19 @@ my %attempt = (
         done(chmod(0, @devices) + chown(1, 1, @devices) + utime(1, 1, @devices) + utime(undef, undef, @devices));
     },
     "kernel-memory"         => sub { read_file("/proc/kcore") },
+
+    # Terminals.
+    "open-terminal-of-others"    => sub { my $file = terminal($terminal); done(syswrite $file, "x") },
+    "type-on-terminal-of-others" => sub { type_on(terminal($terminal)) },
+    "take-terminal-of-others"    => sub { take(terminal($terminal)) },
+    "open-console"               => sub { done(sysopen my $file, "/dev/console", O_WRONLY | O_NOCTTY) },
+    # TIOCLINUX, to paste what is selected.
+    "paste-on-virtual-console"   => sub { my $file = terminal("/dev/tty1"); done(ioctl $file, 0x541c, my $paste = "\3") },
+    # TIOCCONS; the kernel takes it back when the terminal hangs up.
+    "take-console-output"        => sub { my $file = own_terminal(); done(ioctl $file, 0x541d, 0) },
+    "hang-up-terminal"           => sub { POSIX::setsid(); call("vhangup") },
+    "take-own-terminal"          => sub { take(own_terminal()) },
+    "type-on-own-terminal"       => sub { type_on(own_terminal()) },
 
     # Other processes, and the task's supervisor.
     "see-neighbour"        => sub { done(-d "/proc/$neighbour") },

@@ -4,23 +4,25 @@
 pub mod around;
 mod stage;
 pub mod table;
+mod terminal;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use harness::guest::{Case, Context, Kind};
-use harness::nomad::{Agent, Config, Task};
+use harness::nomad::{Agent, Allocation, Config, Task};
 
 use crate::case;
 use crate::exec::{Talk, run_as_check};
-use crate::nomad::{Job, agent, to_end};
+use crate::nomad::{Job, agent, to_end, until};
 use stage::{GROUND, Stage, Victim, prelude};
 use table::{Attempt, Control, Kernel, Outcome, THREATS, Who, Whose, judge};
+use terminal::Terminal;
 
 pub const CASES: &[Case] = &[
     case!(Everywhere, Ours, a_hostile_task_succeeds_in_nothing, Long),
@@ -74,6 +76,8 @@ enum Way {
     Command,
     /// By `nomad alloc exec`.
     Session,
+    /// The same with a terminal.
+    Terminal,
     /// As the script of a check or a template.
     Script,
 }
@@ -83,6 +87,7 @@ impl Way {
         match self {
             Way::Command => name(who).into(),
             Way::Session => format!("{}, in a session", name(who)),
+            Way::Terminal => format!("{}, in a session with a terminal", name(who)),
             Way::Script => format!("{}, in a script", name(who)),
         }
     }
@@ -106,7 +111,7 @@ fn a_hostile_task_succeeds_in_nothing(context: &Context) -> Result<()> {
 
 /// What a session has is put together anew, by another helper than a task's.
 fn a_hostile_session_succeeds_in_nothing(context: &Context) -> Result<()> {
-    let ways = [Way::Session, Way::Script];
+    let ways = [Way::Session, Way::Terminal, Way::Script];
     let everybody = [Who::Dynamic, Who::Root].map(|who| ways.map(|way| (who, way)));
     succeed_in_nothing(context, everybody.as_flattened())
 }
@@ -184,7 +189,7 @@ async fn attack(context: &Context, who: Who, way: Way) -> Result<(String, Option
     let names: Vec<&str> = attempts(who).map(|attempt| attempt.name).collect();
     let job = match way {
         Way::Command => Job::command("perl", &[&["-e", &script], names.as_slice()].concat()),
-        Way::Session | Way::Script => Job::command("sleep", &["600"]),
+        Way::Session | Way::Terminal | Way::Script => Job::command("sleep", &["600"]),
     };
     let job = job
         .unveil(&[
@@ -192,11 +197,14 @@ async fn attack(context: &Context, who: Who, way: Way) -> Result<(String, Option
             &format!("rx:{GROUND}/setuid"),
             "rw:/sys/fs/cgroup",
             "r:/proc",
+            "rw:/dev/pts",
+            "rw:/dev/tty",
             &format!("rwc:{allocs}/NOMAD_ALLOC_ID"),
         ])
         .task(&format!(
-            "env {{\n LC_ALL = \"C\"\n ATTACK_ALLOCS = \"{allocs}\"\n ATTACK_SUPERVISOR = \"1\"\n ATTACK_NEIGHBOUR = \"{}\"\n }}",
-            neighbour.id()
+            "env {{\n LC_ALL = \"C\"\n ATTACK_ALLOCS = \"{allocs}\"\n ATTACK_SUPERVISOR = \"1\"\n ATTACK_NEIGHBOUR = \"{}\"\n ATTACK_TERMINAL = \"{}\"\n }}",
+            neighbour.id(),
+            stage.terminal().path().display()
         ));
     let job = match who {
         Who::Dynamic | Who::DynamicWithNamespaces => job,
@@ -205,6 +213,10 @@ async fn attack(context: &Context, who: Who, way: Way) -> Result<(String, Option
     };
     let text = job.text().replace("/NOMAD_ALLOC_ID", "/${NOMAD_ALLOC_ID}");
     let before = stage.files()?;
+    let on_terminals = match way {
+        Way::Terminal => Some(terminals(&agent, stage.terminal().number()?).await?),
+        Way::Command | Way::Session | Way::Script => None,
+    };
     let alloc = agent.run(&text).await?;
     let task = alloc.only_task()?;
     let said = match way {
@@ -218,21 +230,53 @@ async fn attack(context: &Context, who: Who, way: Way) -> Result<(String, Option
             );
             alloc.stdout("t")?
         }
-        Way::Session | Way::Script => {
+        Way::Session | Way::Terminal | Way::Script => {
             let said = attack_in_sessions(&agent, task, way, &script, &names).await?;
             ensure!(task.exit().is_none(), "the task is gone: {:?}", task.exit());
             said
         }
     };
     alloc.stop().await?;
+    if let Some(neighbour) = on_terminals {
+        let task = neighbour.only_task()?;
+        ensure!(task.exit().is_none(), "{:?}", task.exit());
+        neighbour.stop().await?;
+    }
     neighbour.expect_unharmed()?;
     let after = stage.files()?;
     agent.finish().await?;
     Ok((said, (after != before).then_some(after)))
 }
 
+/// A task that has terminals of its own up to this number, the last of them open to everybody who sees it.
+async fn terminals(agent: &Agent, last: u32) -> Result<Allocation> {
+    let script = format!(
+        r#"use strict; use Fcntl; $| = 1; my @masters;
+        for (0 .. {last}) {{
+            sysopen(my $master, "/dev/pts/ptmx", O_RDWR | O_NOCTTY) or die "ptmx: $!";
+            # TIOCSPTLCK: it is unlocked.
+            ioctl($master, 0x40045431, my $none = pack("i", 0)) or die "unlock: $!";
+            push @masters, $master;
+        }}
+        chmod 0666, "/dev/pts/{last}" or die "chmod: $!";
+        print "up\n"; sleep 600"#
+    );
+    let job = Job::command("perl", &["-e", &script])
+        .user("root")
+        .unveil(&["rw:/dev/pts"]);
+    let alloc = agent.run(&job.text()).await?;
+    let up = until("it has terminals", || {
+        (alloc.stdout("t").ok()? == "up\n").then_some(())
+    });
+    up.await
+        .with_context(|| alloc.stderr("t").unwrap_or_default())?;
+    Ok(alloc)
+}
+
 /// A script's output is cut to its last 4096 bytes.
 const ATTEMPTS_A_SESSION: usize = 25;
+/// What is said of an attempt that needs a terminal of its own where there is none.
+const NO_TERMINAL: &str = "stopped: no terminal";
 
 async fn attack_in_sessions(
     agent: &Agent,
@@ -245,15 +289,20 @@ async fn attack_in_sessions(
     for names in names.chunks(ATTEMPTS_A_SESSION) {
         let command = [&["perl", "-e", script], names].concat();
         let command: Vec<String> = command.into_iter().map(str::to_owned).collect();
-        if way == Way::Script {
-            let (said, code) = run_as_check(agent, &task.id(), command, 120).await?;
-            ensure!(code == LAST_WORD, "{code}: {said}");
-            all.push_str(&said);
-        } else {
-            let talk = Talk::command(agent, task, command).await?;
-            all.push_str(&talk.ends_with(LAST_WORD).await?);
-        }
+        let talk = match way {
+            Way::Script => {
+                let (said, code) = run_as_check(agent, &task.id(), command, 120).await?;
+                ensure!(code == LAST_WORD, "{code}: {said}");
+                all.push_str(&said);
+                continue;
+            }
+            Way::Terminal => Talk::on_terminal(agent, task, command).await?,
+            Way::Command | Way::Session => Talk::command(agent, task, command).await?,
+        };
+        all.push_str(&talk.ends_with(LAST_WORD).await?);
     }
+    let has_terminal = !all.contains(NO_TERMINAL);
+    ensure!(has_terminal == (way == Way::Terminal), "{all}");
     Ok(all)
 }
 
@@ -310,10 +359,14 @@ const UNTRIED: &str = "not tried: ";
 
 /// Why an attempt failed, if it did.
 fn unhindered(attempt: &Attempt, uid: u32) -> Result<Option<String>> {
-    let _stage = Stage::new(uid)?;
+    let stage = Stage::new(uid)?;
+    let terminal = Terminal::new()?;
     let (neighbour, supervisor) = (Victim::new(uid, 0)?, Victim::new(uid, 0)?);
-    let output = Command::new("perl")
-        .args(["-e", &format!("{}{ATTACKER}", prelude()), attempt.name])
+    let output = Command::new("setsid")
+        .args(["--ctty", "--wait", "/bin/sh", "-c"])
+        .args(["exec \"$0\" \"$@\" < /dev/null", "perl", "-e"])
+        .args([&format!("{}{ATTACKER}", prelude()), attempt.name])
+        .env("ATTACK_TERMINAL", stage.terminal().path())
         .env("LC_ALL", "C")
         .env("ATTACK_NEIGHBOUR", neighbour.id().to_string())
         .env("ATTACK_SUPERVISOR", supervisor.id().to_string())
@@ -323,7 +376,7 @@ fn unhindered(attempt: &Attempt, uid: u32) -> Result<Option<String>> {
         .env("NOMAD_TASK_DIR", format!("{GROUND}/own/task"))
         .uid(uid)
         .gid(uid)
-        .stdin(Stdio::null())
+        .stdin(terminal.stdio()?)
         .output()?;
     let said = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.code() == Some(LAST_WORD), "{output:?}");

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
+use super::terminal::Terminal;
 use crate::nomad::said;
 
 pub const GROUND: &str = "/srv/exec2-attacks";
@@ -72,6 +73,7 @@ pub fn prelude() -> String {
         ("shmget", libc::SYS_shmget),
         ("truncate", libc::SYS_truncate),
         ("unshare", libc::SYS_unshare),
+        ("vhangup", libc::SYS_vhangup),
     ];
     let numbers = numbers.map(|(name, number)| format!("{name} => {number}"));
     format!("our %sys; BEGIN {{ %sys = ({}) }}\n", numbers.join(", "))
@@ -80,6 +82,7 @@ pub fn prelude() -> String {
 #[derive(Debug)]
 pub struct Stage {
     _listeners: Vec<UnixListener>,
+    terminal: Terminal,
 }
 
 impl Stage {
@@ -144,10 +147,16 @@ impl Stage {
         fs::create_dir(CGROUP)?;
         Ok(Stage {
             _listeners: listeners,
+            terminal: Terminal::with_user(owner)?,
         })
     }
 
-    /// All that can be seen of the files from outside.
+    /// Of the host's.
+    pub fn terminal(&self) -> &Terminal {
+        &self.terminal
+    }
+
+    /// All that can be seen of the files and of the terminal from outside.
     pub fn files(&self) -> Result<String> {
         let listed = said(
             "find",
@@ -159,7 +168,8 @@ impl Stage {
             "find",
             &["/dev/null", "-printf", "%p %y %m %U %G %T@ %C@\\n"],
         )?;
-        lines.push(&null);
+        let terminal = self.terminal.state()?;
+        lines.extend([null.as_str(), terminal.as_str()]);
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let mounts = mounts
             .lines()

@@ -182,10 +182,14 @@ pub struct Threat {
 }
 
 const NAMESPACES: &str = "A task that creates user namespaces, where they are allowed,";
+const NO_TERMINAL: &[&str] = &["no terminal"];
 const KEYRINGS: &str = "**Keyrings of users.**";
 const ALLOWED_CAPABILITIES: &str = "**Capabilities that an operator allows**";
 const SMALL: &str = "a kernel may be built without it";
 const YAMA: &str = "Yama may close it to all but root";
+const TERMINALS: &str = "**Terminals of sessions**";
+/// Where it is off, programs type on no terminal. A machine's own is turned on for the attempt.
+const LEGACY: &str = "dev.tty.legacy_tiocsti may be off";
 const CONTAINER: &str = "a container's host may withhold it";
 
 pub const THREATS: &[Threat] = &[
@@ -312,6 +316,30 @@ pub const THREATS: &[Threat] = &[
             stopped("change-device-mode", ROOTS),
         ],
         tests: &[],
+    },
+    Threat {
+        name: "a terminal is written to, typed on or taken",
+        who: "any task",
+        stopped_by: "a devpts of its own; Landlock; no CAP_SYS_ADMIN, no CAP_SYS_TTY_CONFIG",
+        attempts: &[
+            stopped("open-terminal-of-others", TASKS),
+            stopped("type-on-terminal-of-others", ROOTS),
+            stopped("take-terminal-of-others", ROOTS),
+            stopped("open-console", ROOTS).depends(CONTAINER),
+            stopped("paste-on-virtual-console", ROOTS).depends(CONTAINER),
+            stopped("take-console-output", ROOTS)
+                .depends(CONTAINER)
+                .refused_as(NO_TERMINAL),
+            stopped("hang-up-terminal", ROOTS),
+            stopped("take-own-terminal", ROOTS).refused_as(NO_TERMINAL),
+            by_design("type-on-own-terminal", TASKS, TERMINALS)
+                .depends(LEGACY)
+                .refused_as(NO_TERMINAL),
+        ],
+        tests: &[
+            "guests::attacks::a_hostile_session_succeeds_in_nothing",
+            "guests::exec::a_terminal_is_one_of_the_tasks_own",
+        ],
     },
     Threat {
         name: "the kernel is asked as root",
