@@ -21,7 +21,10 @@ pub struct Place {
 
 impl Place {
     pub async fn new(agent: &Agent) -> Result<Place> {
-        let job = Job::shell("eval \"$SCRIPT\"").resources("cpu = 100\n memory = 32");
+        // A dynamic user would be one allocation's alone.
+        let job = Job::shell("eval \"$SCRIPT\"")
+            .user("nobody")
+            .resources("cpu = 100\n memory = 32");
         let alloc = agent.run(&job.text()).await?;
         let task = alloc.only_task()?;
         task.wait().await?;

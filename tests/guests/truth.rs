@@ -338,7 +338,9 @@ fn all_processes_are_signalled_where_the_operator_wants_it(context: &Context) ->
             .with_context(|| format!("{:?}", alloc.stdout("t")))?;
 
         let supervisor = scope.supervisor()?;
-        let is_stopped = |pid: u32| status(pid, "State").is_ok_and(|state| state.starts_with('T'));
+        // A shell whose child was stopped between its vfork and its exec waits for it, and for nothing else: D.
+        let is_stopped =
+            |pid: u32| status(pid, "State").is_ok_and(|state| state.starts_with(['T', 'D']));
         let stopped = || -> Option<(BTreeSet<u32>, BTreeSet<u32>)> {
             Some(scope.processes().ok()?.into_iter().partition(|pid| is_stopped(*pid)))
         };

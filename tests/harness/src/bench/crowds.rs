@@ -96,7 +96,7 @@ pub async fn grow(ours: &mut Subject, size: &Size, listener: &mut impl Listener)
     let untouched = Look::at(ours)?;
     let mut place = Place::new(Who::Ours, &ours.agent, Job::STAMP).await?;
     // Nobody reads its pipe, which has room for the moments of four thousand tasks.
-    let crowded = Place::new(Who::Ours, &ours.agent, Job::STAMP).await?;
+    let crowded = Place::new(Who::Ours, &ours.agent, Job::CROWD).await?;
     let mut crowd = Crowd::default();
     for count in &size.crowds {
         listener.progress(&format!("{count} tasks at once"));
@@ -208,6 +208,7 @@ async fn idle(
         });
     }
     let asked = percent_of_a_cpu(ours, size.idle_sec).await?;
+    let resident = kernel::resident_kib(ours.plugin)?;
     let (seen, due) = (seen.load(Ordering::Relaxed), count as u64 * size.idle_sec);
     ensure!(
         seen + count as u64 >= due,
@@ -218,6 +219,7 @@ async fn idle(
         "a stream of statistics has ended"
     );
     let at = Some(count as u64);
+    samples.push(Id::StatsResident, Who::Ours, at, resident);
     for (figures, cpu) in [
         ([Id::IdleOfPlugin, Id::IdleOfSystemd, Id::IdleOfBus], quiet),
         (
@@ -254,7 +256,7 @@ pub async fn burst(
     for count in &size.bursts {
         let mut samples = Samples::default();
         let at = Some(*count);
-        let place = Place::new(Who::Ours, &ours.agent, Job::STAMP).await?;
+        let place = Place::new(Who::Ours, &ours.agent, Job::CROWD).await?;
         let mut crowd = Crowd::default();
         listener.progress(&format!("{count} starts at once"));
         let begun = Instant::now();

@@ -47,6 +47,7 @@ pub enum Id {
     StatsOfPlugin,
     StatsOfSystemd,
     StatsOfBus,
+    StatsResident,
     ResidentGivenBack,
     BurstAnswer,
     BurstWhole,
@@ -60,6 +61,9 @@ pub enum Id {
     CycledSystemdDescriptors,
     CycledBusResident,
     CycledBusDescriptors,
+    Move,
+    OpenedGauge,
+    KeptGauge,
 }
 
 /// Which parts of a run a figure belongs to.
@@ -77,6 +81,8 @@ pub enum Part {
     Bursts,
     /// Many lives, one after the other: before and after.
     Cycles,
+    /// What none of the candidates does better.
+    Kernel,
 }
 
 /// Of whom it is taken.
@@ -91,6 +97,7 @@ pub enum Of {
     DriversAndExec,
     /// systemd without any driver.
     Systemd,
+    Kernel,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -183,7 +190,7 @@ const fn crowd(id: Id, title: &'static str, unit: &'static str) -> Figure {
 }
 
 impl Figure {
-    pub const ALL: [Figure; 51] = [
+    pub const ALL: [Figure; 55] = [
         Figure {
             of: Of::All,
             ..figure(
@@ -299,6 +306,14 @@ impl Figure {
         Figure {
             part: Part::LargestCrowd,
             ..crowd(
+                Id::StatsResident,
+                "resident memory of the plugin, statistics every second",
+                "KiB",
+            )
+        },
+        Figure {
+            part: Part::LargestCrowd,
+            ..crowd(
                 Id::ResidentGivenBack,
                 "resident memory of the plugin once they have ended",
                 "KiB",
@@ -323,6 +338,17 @@ impl Figure {
         cycled(Id::CycledSystemdDescriptors, "descriptors of PID 1", ""),
         cycled(Id::CycledBusResident, "resident memory of the bus", "KiB"),
         cycled(Id::CycledBusDescriptors, "descriptors of the bus", ""),
+        kernel(Id::Move, "to move a process into another cgroup", "ms"),
+        kernel(
+            Id::OpenedGauge,
+            "CPU time to open, read and close a cgroup's `cpu.stat`",
+            "µs",
+        ),
+        kernel(
+            Id::KeptGauge,
+            "CPU time to read it again, if it is kept open",
+            "µs",
+        ),
     ];
 
     pub fn of(id: Id) -> Option<&'static Figure> {
@@ -354,9 +380,10 @@ impl Figure {
             Of::Ours => &[Who::Ours],
             Of::DriversAndExec => &[Who::Ours, Who::Exec2, Who::ForkExec],
             Of::Systemd => &[Who::Systemd],
+            Of::Kernel => &[Who::Kernel],
         };
         let points: Vec<Option<u64>> = match self.part {
-            Part::Turns => vec![None],
+            Part::Turns | Part::Kernel => vec![None],
             Part::Limited if self.id == Id::SleepMemory => vec![None],
             Part::Limited => size.limits_mhz.iter().copied().map(Some).collect(),
             Part::Crowds => size.crowds.iter().copied().map(Some).collect(),
@@ -394,6 +421,14 @@ const fn idle(id: Id, title: &'static str) -> Figure {
         part: Part::LargestCrowd,
         zeros: Zeros::Any,
         ..crowd(id, title, "% of a CPU")
+    }
+}
+
+const fn kernel(id: Id, title: &'static str, unit: &'static str) -> Figure {
+    Figure {
+        part: Part::Kernel,
+        of: Of::Kernel,
+        ..figure(id, title, unit)
     }
 }
 

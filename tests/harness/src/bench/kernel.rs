@@ -1,9 +1,13 @@
 //! What the kernel says of processes and cgroups.
 
 use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Child;
 
 use anyhow::{Context as _, Result};
+use nix::sys::time::{TimeSpec, TimeValLike as _};
 use nix::time::{ClockId, clock_gettime};
 
 const CGROUPS: &str = "/sys/fs/cgroup";
@@ -38,6 +42,50 @@ impl Cgroup {
         Ok(Cgroup::at(Path::new(
             own.context("no cgroup of version 2")?,
         )))
+    }
+
+    /// One of nobody's, directly below the root.
+    pub fn new(name: &str) -> Result<Cgroup> {
+        let cgroup = Cgroup::at(Path::new(name));
+        fs::create_dir(&cgroup.0).with_context(|| cgroup.0.display().to_string())?;
+        Ok(cgroup)
+    }
+
+    /// Once its last process has been reaped.
+    pub fn remove(self) -> Result<()> {
+        fs::remove_dir(&self.0).with_context(|| self.0.display().to_string())
+    }
+
+    /// Moves a process into it; gives the milliseconds of the write.
+    pub fn take_in(&self, child: &Child) -> Result<f64> {
+        let mut procs = fs::OpenOptions::new()
+            .write(true)
+            .open(self.0.join("cgroup.procs"))?;
+        let begun = now_nanos()?;
+        procs.write_all(child.id().to_string().as_bytes())?;
+        Ok(millis(begun, now_nanos()?))
+    }
+
+    /// CPU time to read `cpu.stat`, in µs: opened for it, and kept open.
+    pub fn gauge_micros(&self) -> Result<(f64, f64)> {
+        const TIMES: u32 = 500;
+        let path = self.0.join("cpu.stat");
+        let mut text = [0; 4096];
+        let each = |begun: TimeSpec, ended: TimeSpec| {
+            (ended - begun).num_nanoseconds() as f64 / 1e3 / f64::from(TIMES)
+        };
+        let cpu = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID);
+        let begun = cpu()?;
+        for _ in 0..TIMES {
+            fs::File::open(&path)?.read_at(&mut text, 0)?;
+        }
+        let opened = cpu()?;
+        let kept = fs::File::open(&path)?;
+        let begun_again = cpu()?;
+        for _ in 0..TIMES {
+            kept.read_at(&mut text, 0)?;
+        }
+        Ok((each(begun, opened), each(begun_again, cpu()?)))
     }
 
     /// CPU time of all that has ever been in it, while it was.

@@ -8,11 +8,12 @@ use tokio::time::sleep;
 
 use super::bus::Bus;
 use super::figures::Id;
+use super::kernel::{self, Cgroup};
 use super::place::{Job, Place};
 use super::raw::{Series, Who};
 use super::size::Size;
 use super::subject::{End, PATIENCE, Subject};
-use super::{Controllers, crowds, install_stamp, kernel, programs};
+use super::{Controllers, crowds, install_stamp, programs};
 
 /// Between two starts that are compared: systemd is busy with the end of one for some time.
 const BETWEEN: Duration = Duration::from_millis(100);
@@ -96,6 +97,7 @@ pub async fn measure(
             finished?;
         }
     }
+    alone(size, listener).await?;
     let mut ours = Subject::start(Who::Ours, &candidates.ours, &bus).await?;
     crowds::grow(&mut ours, size, listener).await?;
     crowds::burst(&mut ours, &bus, size, listener).await?;
@@ -118,6 +120,26 @@ pub async fn quiet(listener: &mut impl Listener) -> Result<()> {
         progress.tell(begun.elapsed().as_secs() as usize, listener);
         sleep(Duration::from_secs(2)).await;
     }
+    Ok(())
+}
+
+async fn alone(size: &Size, listener: &mut impl Listener) -> Result<()> {
+    let mut samples = Samples::default();
+    listener.progress("the kernel alone");
+    let cgroup = Cgroup::new("exec2-bench")?;
+    for _ in 0..size.rounds {
+        sleep(BETWEEN).await;
+        let mut moved = programs::waiting()?;
+        let taken = cgroup.take_in(&moved);
+        moved.kill()?;
+        moved.wait()?;
+        samples.push(Id::Move, Who::Kernel, None, taken?);
+        let (opened, kept) = cgroup.gauge_micros()?;
+        samples.push(Id::OpenedGauge, Who::Kernel, None, opened);
+        samples.push(Id::KeptGauge, Who::Kernel, None, kept);
+    }
+    cgroup.remove()?;
+    samples.tell(listener);
     Ok(())
 }
 
@@ -330,7 +352,7 @@ impl Progress {
 
 /// The pid of the bus.
 pub(super) fn bus_pid() -> Result<u32> {
-    let bus = kernel::Cgroup::at(Path::new("system.slice/dbus.service"));
+    let bus = Cgroup::at(Path::new("system.slice/dbus.service"));
     let first = bus.processes()?.first().copied();
     first.context("no dbus-daemon")
 }

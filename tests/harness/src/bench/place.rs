@@ -24,6 +24,8 @@ pub struct Job {
     pub args: &'static [&'static str],
     pub cpu_mhz: u64,
     pub memory_mib: u64,
+    /// Whoever runs it; a dynamic one if empty, which only one task of a place can have at a time.
+    pub user: &'static str,
 }
 
 impl Job {
@@ -33,6 +35,12 @@ impl Job {
         args: &[],
         cpu_mhz: 3_200,
         memory_mib: 32,
+        user: "",
+    };
+    /// The same many times at once.
+    pub const CROWD: Job = Job {
+        user: "nobody",
+        ..Job::STAMP
     };
     /// Ends at once.
     pub const SHORT: Job = Job {
@@ -42,8 +50,8 @@ impl Job {
 
     fn text(&self) -> String {
         format!(
-            "job \"bench\" {{\n type = \"batch\"\n group \"g\" {{\n task \"t\" {{\n driver = \"exec2\"\n config {{\n command = {:?}\n args = {:?}\n }}\n resources {{\n cpu = {}\n memory = {}\n }}\n }}\n }}\n}}\n",
-            self.command, self.args, self.cpu_mhz, self.memory_mib
+            "job \"bench\" {{\n type = \"batch\"\n group \"g\" {{\n task \"t\" {{\n driver = \"exec2\"\n user = {:?}\n config {{\n command = {:?}\n args = {:?}\n }}\n resources {{\n cpu = {}\n memory = {}\n }}\n }}\n }}\n}}\n",
+            self.user, self.command, self.args, self.cpu_mhz, self.memory_mib
         )
     }
 }

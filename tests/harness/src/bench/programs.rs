@@ -82,8 +82,7 @@ pub fn first_instruction(who: Who) -> Result<f64> {
 
 /// Milliseconds of CPU from the fork until the command waits: what an exec of it costs by itself.
 pub fn cpu_of_exec() -> Result<f64> {
-    let mut child = spawn(&mut Command::new(STAMP))?;
-    moment(&mut child)?;
+    let mut child = waiting()?;
     std::thread::sleep(std::time::Duration::from_millis(2));
     let cpu = kernel::cpu_of_process_millis(child.id())?;
     end(&mut child)?;
@@ -91,10 +90,16 @@ pub fn cpu_of_exec() -> Result<f64> {
     Ok(cpu)
 }
 
-/// Milliseconds that systemd takes to put a waiting process into a scope.
-pub async fn round_trip(bus: &Bus) -> Result<f64> {
+/// The command, once it waits.
+pub fn waiting() -> Result<Child> {
     let mut child = spawn(&mut Command::new(STAMP))?;
     moment(&mut child)?;
+    Ok(child)
+}
+
+/// Milliseconds that systemd takes to put a waiting process into a scope.
+pub async fn round_trip(bus: &Bus) -> Result<f64> {
+    let mut child = waiting()?;
     let taken = bus.scopes(&[in_scope(&child)]).await;
     end(&mut child)?;
     child.wait()?;

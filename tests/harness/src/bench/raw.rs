@@ -56,6 +56,7 @@ pub enum Who {
     ForkExec,
     /// systemd alone: a scope asked for over the bus.
     Systemd,
+    Kernel,
 }
 
 impl Who {
@@ -68,6 +69,7 @@ impl Who {
             Who::Bwrap => "`bwrap`",
             Who::ForkExec => "fork and exec",
             Who::Systemd => "a scope's round trip over the bus",
+            Who::Kernel => "the kernel alone",
         }
     }
 }

@@ -114,7 +114,8 @@ fn guest(raw: &Raw, text: &mut String) -> Result<()> {
     tables::crowds(raw, text)?;
     tables::largest_crowd(raw, text)?;
     tables::bursts(raw, text)?;
-    tables::cycles(raw, text)
+    tables::cycles(raw, text)?;
+    tables::kernel(raw, text)
 }
 
 fn versions(raw: &Raw) -> String {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -366,10 +367,12 @@ async fn task_schema(agent: &Shared, group: &Group) -> Result<Spec> {
     Ok(spec)
 }
 
-/// Nomad picks from the client's `users` block, 80000 to 89999 by default.
+/// One that is not taken, of the client's `users` block: 80000 to 89999 by default.
 fn dynamic_user() -> String {
-    let random = u32::from_str_radix(&new_alloc_id()[..8], 16).unwrap_or_default();
-    format!("nomad-{}", 80_000 + random % 10_000)
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    let taken = TAKEN.fetch_add(1, Ordering::Relaxed);
+    let number = std::process::id().wrapping_add(taken) % 10_000;
+    format!("nomad-{}", 80_000 + number)
 }
 
 fn owner(user: &str) -> Result<Owner> {

@@ -161,6 +161,30 @@ pub fn largest_crowd(raw: &Raw, text: &mut String) -> Result<()> {
     Ok(())
 }
 
+pub fn kernel(raw: &Raw, text: &mut String) -> Result<()> {
+    writeln!(text, "### The kernel alone\n")?;
+    writeln!(text, "| | median | 10th to 90th percentile | |")?;
+    writeln!(text, "| --- | ---: | ---: | --- |")?;
+    for figure in Figure::ALL
+        .iter()
+        .filter(|figure| figure.part == Part::Kernel)
+    {
+        if let Some(row) = raw.summary(figure.id, Who::Kernel, None) {
+            writeln!(
+                text,
+                "| {} | {} | {} to {} | {} |",
+                figure.title,
+                number(row.median),
+                number(row.p10),
+                number(row.p90),
+                figure.unit
+            )?;
+        }
+    }
+    writeln!(text)?;
+    Ok(())
+}
+
 pub fn bursts(raw: &Raw, text: &mut String) -> Result<()> {
     writeln!(text, "### Many at once\n")?;
     writeln!(
