@@ -42,10 +42,12 @@ impl World {
         let before = Ground::survey()?;
         let agent = agent(context).await?;
         let plugin = agent.plugin_pid().await.context("there is no plugin")?;
-        // Before the first task, with which come the watch for reserved CPUs, the ear for denials and the helper for the next.
+        // Before the first task, with which come the watch for reserved CPUs, the ear for denials and the helper for the next, which
+        // is held by one pidfd and watched by another.
         let descriptors = Descriptors::of(plugin)?
             .and_one("anon_inode:inotify")
             .and_one("socket")
+            .and_one("anon_inode:[pidfd]")
             .and_one("anon_inode:[pidfd]")
             .and_one("socket");
         let mut slots = Vec::new();
