@@ -172,28 +172,37 @@ pub fn exit_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
     (done == 0 && info.mask & EXIT != 0).then_some(info.exit_code)
 }
 
+/// Gives memory that the allocator holds but does not use back to the kernel.
+pub fn trim_heap() {
+    // SAFETY: malloc_trim has no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// What a thread's tcache has at most: so many chunks of each of so many sizes (glibc's malloc/malloc.c, 2.26 to 2.41).
 const TCACHE_CHUNKS: usize = 7;
 const TCACHE_SIZES: usize = 64;
 const TCACHE_SMALLEST_BYTES: usize = 24;
 const TCACHE_STEP_BYTES: usize = 16;
 
-/// Gives memory that the allocator holds but does not use back to the kernel.
+/// The same, once this thread's tcache is empty: it keeps freed chunks, each of which holds a page of a heap that was once full, and
+/// malloc_trim leaves it alone.
 ///
-/// glibc's tcache keeps freed chunks for the thread that freed them, each of which holds a page of a heap that was once full, and
-/// malloc_trim leaves it alone. A thread's end empties its own, so what this thread has is taken out and freed by one that ends.
-pub fn trim_heap() {
+/// A thread's end empties its own, so what this one has is taken out and freed by another. For a process with one heap
+/// (`keep_one_heap`), and where a thread more is nobody's limit; if there can be none, less is given back.
+pub fn trim_heap_and_tcache() {
     let chunks: Vec<Vec<u8>> = (0..TCACHE_SIZES)
         .flat_map(|size| {
             let bytes = TCACHE_SMALLEST_BYTES + size * TCACHE_STEP_BYTES;
             std::iter::repeat_with(move || Vec::with_capacity(bytes)).take(TCACHE_CHUNKS)
         })
         .collect();
-    let _ = std::thread::spawn(move || drop(chunks)).join();
-    // SAFETY: malloc_trim has no preconditions.
-    unsafe {
-        libc::malloc_trim(0);
+    // `thread::spawn` would panic.
+    if let Ok(thread) = std::thread::Builder::new().spawn(move || drop(chunks)) {
+        let _ = thread.join();
     }
+    trim_heap();
 }
 
 /// Keeps all threads to one heap. Otherwise each that ever allocates has one of its own, which nobody gives back.

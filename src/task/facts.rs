@@ -38,7 +38,7 @@ impl TaskTable {
 
     /// A dynamic user is nobody else's, so that its files and processes are not either. Nomad checks no `nomad-<uid>` that a job
     /// names, and an agent that was restarted may pick one that a task still has (`Pool.Restore` of helper/users/dynamic is called by
-    /// nobody in 2.0). Not transient: a new allocation gets another one, this one would be given the same again.
+    /// nobody in 2.0). Not transient: this allocation would be given the same again.
     fn expect_unshared(&self, request: &TaskRequest, account: &Account) -> Result<(), DriverError> {
         if !account.is_dynamic {
             return Ok(());
@@ -49,7 +49,7 @@ impl TaskTable {
         };
         self.claim(&request.id, claim).map_err(|other| {
             DriverError::Permanent(format!(
-                "user {:?} is allocation {other}'s, a task of which runs as it; leave the user out for one that nobody else has",
+                "user {:?} is allocation {other}'s, a task of which runs as it; leave the user out, or if Nomad chose it, stop this allocation for another with another",
                 account.name
             ))
         })

@@ -297,7 +297,7 @@ impl TaskTable {
             tokio::spawn(async move {
                 sleep(GIVE_BACK).await;
                 if lock(&tasks.shared.table).is_empty() {
-                    sys::trim_heap();
+                    sys::trim_heap_and_tcache();
                 }
             });
         }

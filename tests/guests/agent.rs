@@ -230,7 +230,15 @@ fn a_real_agent_runs_jobs_in_scopes(context: &Context) -> Result<()> {
 fn a_real_agent_shows_why_a_task_did_not_start(context: &Context) -> Result<()> {
     context.block_on(async {
         let agent = agent(context).await?;
+        let holder = Job::command("sleep", &["600"]).text();
+        let holder = holder.replace("job \"case\"", "job \"holder\"");
+        let held = agent.run(&holder).await?.remove(0);
+        agent.wait_for(&held, &["running"]).await?;
+        let uids = status(scope_of(&held, "t")?.main()?, "Uid")?;
+        let user = format!("nomad-{}", uids.split_whitespace().next().context("a uid")?);
+        let is_held = format!("user {user:?} is allocation {held}'s, a task of which runs as it");
         let cases = [
+            (Job::shell("true").user(&user), is_held.as_str()),
             (
                 Job::shell("true").unveil(&["rz:/etc"]),
                 "unveil: \"rz:/etc\" has an unknown letter 'z' in its mode",
@@ -265,6 +273,7 @@ fn a_real_agent_shows_why_a_task_did_not_start(context: &Context) -> Result<()> 
                 "it counts as started: {told:?}"
             );
         }
+        agent.stop("holder").await?;
         let units = said(
             "systemctl",
             &[

@@ -32,6 +32,7 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, what_no_call_shows_is_remarked),
     case!(Speed, Ours, a_list_opens_the_terminals_that_a_command_makes),
     case!(Speed, Ours, a_probe_tells_something_and_leaves_nothing),
+    case!(Speed, Ours, a_probe_in_a_group_of_its_own_is_not_waited_for),
     case!(Speed, Ours, a_mistake_is_one_sentence),
     case!(Speed, Ours, ctrl_c_brings_the_list),
     case!(Speed, Ours, a_killed_run_takes_the_traced_command_along),
@@ -487,6 +488,21 @@ fn a_probe_tells_something_and_leaves_nothing(context: &Context) -> Result<()> {
     ensure!(code == Some(3) && told.contains(sentence), "{told}");
     let left = ground.left()?;
     ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// As `timeout` makes one.
+fn a_probe_in_a_group_of_its_own_is_not_waited_for(context: &Context) -> Result<()> {
+    let begun = Instant::now();
+    let options = ["--learn", "--probe", "exec timeout 300 sleep 4715"];
+    let output = run(context, &options, &["sh", "-c", "sleep 1; exit 3"])?;
+    ensure!(output.status.code() == Some(3), "{output:?}");
+    ensure!(
+        begun.elapsed() < Duration::from_secs(60),
+        "{:?}",
+        begun.elapsed()
+    );
+    ensure!(!is_executing("sleep\x004715\0")?, "the probe goes on");
     Ok(())
 }
 

@@ -22,6 +22,11 @@ pub const CASES: &[Case] = &[
     case!(
         Limits,
         Ours,
+        a_command_has_room_where_two_processes_are_allowed
+    ),
+    case!(
+        Limits,
+        Ours,
         a_memory_limit_that_no_start_fits_in_is_told,
         Long
     ),
@@ -265,6 +270,26 @@ fn a_fork_bomb_is_stopped(context: &Context) -> Result<()> {
             ));
             ended(&bomb, expected, &ground).await?;
         }
+        agent.finish().await
+    })
+}
+
+/// The supervisor is one of them.
+fn a_command_has_room_where_two_processes_are_allowed(context: &Context) -> Result<()> {
+    context.block_on(async {
+        let config = Config {
+            plugin: "pids_max = 2".into(),
+            ..Config::default()
+        };
+        let agent = Agent::start(context.driver(), config).await?;
+        let ground = Ground::survey()?;
+        for _ in 0..3 {
+            let alloc = agent.run(&Job::command("sleep", &["1"]).text()).await?;
+            let exit = alloc.only_task()?.wait().await?;
+            ensure!(exit.success(), "{exit:?}");
+            alloc.stop().await?;
+        }
+        nothing_left(&ground).await?;
         agent.finish().await
     })
 }

@@ -289,10 +289,13 @@ impl Drop for Group {
     }
 }
 
+/// Killed by itself, too, and with the group it may have made for itself, as `timeout` does: it need not be in the probe's any more.
 struct Reaped(Child);
 
 impl Drop for Reaped {
     fn drop(&mut self) {
+        let _ = kill_process_group(Pid::from_child(&self.0), Signal::KILL);
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }

@@ -107,8 +107,8 @@ fn read(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Batch> {
             Ok(record) => batch.records.extend(record),
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => batch.has_lost = true,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // The reactor has to see it, to wait again.
-            Err(error) if error.kind() == ErrorKind::WouldBlock && read > 0 => return Ok(batch),
+            // The next read has it again: the reactor must see that it has to wait.
+            Err(_) if read > 0 => return Ok(batch),
             Err(error) => return Err(error),
         }
     }

@@ -10,7 +10,7 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -62,14 +62,15 @@ pub(super) struct Denials {
 pub struct Asked {
     /// Its `unveil`.
     unveil: Vec<String>,
-    task_dir: PathBuf,
+    /// As text, which any handle can tell.
+    task_dir: String,
 }
 
 impl Asked {
     pub fn new(unveil: &[String], task_dir: &Path) -> Self {
         Self {
             unveil: unveil.to_owned(),
-            task_dir: task_dir.to_owned(),
+            task_dir: task_dir.to_string_lossy().into_owned(),
         }
     }
 
@@ -361,7 +362,7 @@ impl TaskTable {
         let remedy = denied.remedy(Unveiled {
             config: &self.settings().config,
             entries: &task.asked.unveil,
-            task_dir: &task.asked.task_dir,
+            task_dir: Path::new(&task.asked.task_dir),
         });
         self.tell_denial(task, &denied, &remedy);
         match verdict {

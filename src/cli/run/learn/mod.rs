@@ -297,9 +297,12 @@ fn comments(state: State, entries: &[Entry], proc_files: &BTreeSet<String>) -> V
             .iter()
             .map(|name| format!("/proc/PID/{name}"))
             .collect();
+        let what_for = match files.is_empty() {
+            true => String::new(),
+            false => format!("is for {}, and ", files.join(", ")),
+        };
         comments.push(format!(
-            "the w of {entry} is for {}, and lets the task create user namespaces, too: {instead}",
-            files.join(", ")
+            "the w of {entry} {what_for}lets the task create user namespaces, too: {instead}"
         ));
     }
     if entries.iter().any(|entry| is_template(&entry.to_string())) {
