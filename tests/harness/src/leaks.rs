@@ -32,9 +32,10 @@ const SETTLE: Duration = Duration::from_secs(5);
 const SOCKET: &str = "socket";
 const PIPE: &str = "pipe:[]";
 const PIDFD: &str = "anon_inode:[pidfd]";
+const TIMERFD: &str = "anon_inode:[timerfd]";
 /// Connections come and go with whoever talks to systemd, the pipes hold back services of Type=idle until its next job is
-/// done, a live process is a service's.
-const SYSTEMDS_OWN: [&str; 3] = [SOCKET, PIPE, PIDFD];
+/// done, a live process is a service's, and its event loop makes a timer for each clock when it first needs one.
+const SYSTEMDS_OWN: [&str; 4] = [SOCKET, PIPE, PIDFD, TIMERFD];
 
 /// One thing too many.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
