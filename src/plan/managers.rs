@@ -57,11 +57,23 @@ pub enum Sight {
     Nothing,
 }
 
-/// Of an entry by itself, on a path without links.
-pub fn sight(path: &Path, access: Access, run: RunMask) -> Sight {
-    let Some(below) = below_run(path).filter(|_| leads_to_manager(path)) else {
+/// Of an entry by itself. `path` is without links, `written` as its author wrote it.
+pub fn sight(path: &Path, written: &Path, access: Access, run: RunMask) -> Sight {
+    let Some(below) = below_run(path) else {
         return Sight::Shown;
     };
+    // Where all of it is masked, what is unveiled for reading comes back by name, and not by a link.
+    let is_lost = run == RunMask::All
+        && below_run(written).is_none()
+        && below != Path::new("")
+        && !access.changes()
+        && !kept(run).any(|name| below.starts_with(name));
+    if is_lost {
+        return Sight::Nothing;
+    }
+    if !leads_to_manager(path) {
+        return Sight::Shown;
+    }
     let is_run = below == Path::new("");
     let is_mask = match run {
         RunMask::All => is_run,
@@ -132,9 +144,17 @@ mod tests {
             ("r:/srv", All, Sight::Shown),
         ] {
             let (mode, path) = entry.split_once(':').unwrap_or_default();
-            let seen = sight(Path::new(path), letters(mode), run);
+            let path = Path::new(path);
+            let seen = sight(path, path, letters(mode), run);
             assert_eq!(seen, expected, "{entry} {run:?}");
         }
+        let by_link = |mode, run| {
+            let (path, written) = (Path::new("/run/lock"), Path::new("/var/lock"));
+            sight(path, written, letters(mode), run)
+        };
+        assert_eq!(by_link("r", All), Sight::Nothing);
+        assert_eq!(by_link("rw", All), Sight::Shown);
+        assert_eq!(by_link("r", Managers), Sight::Shown);
     }
 
     #[test]

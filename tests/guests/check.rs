@@ -1025,7 +1025,7 @@ fn an_entry_that_leads_to_a_manager_of_the_host_is_told_as_what_it_is(
     let controls = "and so controls the host; leave the entry out, or run the task as another user";
     let hidden = "is hidden from tasks";
     // Who, with which entry, reaches what, and what is told: nothing, a warning, or an error for what does not start.
-    let cases: [(&str, &str, &[&str], &str, &str); 15] = [
+    let cases: [(&str, &str, &[&str], &str, &str); 18] = [
         ("root", "rw:/run/dbus", &[BUS], "warning", controls),
         ("root", "c:/run/dbus", &[BUS], "warning", controls),
         (
@@ -1061,6 +1061,10 @@ fn an_entry_that_leads_to_a_manager_of_the_host_is_told_as_what_it_is(
             hidden,
         ),
         ("root", "r:/run/systemd/journal/socket", &[], "", ""),
+        ("root", "r:/run/lock", &[], "", ""),
+        // A link to the same.
+        ("root", "r:/var/lock", &[], "error", "but not by a link"),
+        ("nobody", "r:/var/lock", &[], "", ""),
         ("root", "rw:/", &[], "", ""),
         ("nobody", "rw:/run/dbus", &[BUS], "", ""),
         ("nobody", "r:/run/dbus", &[], "warning", hidden),

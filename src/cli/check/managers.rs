@@ -25,18 +25,22 @@ pub fn of_rules(seen: &[Seen<'_>], mode: Mode<'_>) -> Vec<Finding> {
         });
         let sight = match is_brought {
             true => Sight::Shown,
-            false => managers::sight(&one.real, rule.access, run),
+            false => managers::sight(&one.real, path_of(one), rule.access, run),
         };
         let is_readers = mode.writes(rule.source);
         match sight {
-            Sight::Nothing => findings.push(finding(
-                rule,
-                mode,
-                true,
-                format!(
-                    "{start}: no such file or directory, as it is hidden from tasks like all that leads to managers of the host; leave the entry out, or write it with \"w\" if the task is to reach them"
-                ),
-            )),
+            Sight::Nothing => {
+                let why = match managers::leads_to_manager(&one.real) {
+                    true => {
+                        "it is hidden from tasks like all that leads to managers of the host; leave the entry out, or write it with \"w\" if the task is to reach them"
+                    }
+                    false => {
+                        "/run is hidden from root's tasks, and what is named there comes back, but not by a link; name it below /run"
+                    }
+                };
+                let sentence = format!("{start}: no such file or directory, as {why}");
+                findings.push(finding(rule, mode, true, sentence));
+            }
             Sight::Emptied if is_readers => findings.push(finding(
                 rule,
                 mode,
