@@ -49,7 +49,7 @@ impl TaskTable {
         };
         self.claim(&request.id, claim).map_err(|other| {
             DriverError::Permanent(format!(
-                "user {:?} is allocation {other}'s, a task of which runs as it; leave the user out, or if Nomad chose it, stop this allocation for another with another",
+                "user {:?} is allocation {other}'s, a task of which runs as it; leave the user out of the job, or if Nomad chose it, stop this allocation: the next one gets another",
                 account.name
             ))
         })

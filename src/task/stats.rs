@@ -23,8 +23,7 @@ impl TaskTable {
         };
         let mut ticks = tokio::time::interval(interval.max(Duration::from_millis(100)));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // Nomad has such a stream for every task: a channel to it would take more than all that is
-        // known of the task.
+        // Nomad has such a stream for every task: a channel to it would take more than all that is known of the task.
         let first = (task, gauges, ticks, None::<(Cpu, Instant)>);
         Box::pin(stream::unfold(
             first,

@@ -338,9 +338,15 @@ fn all_processes_are_signalled_where_the_operator_wants_it(context: &Context) ->
             .with_context(|| format!("{:?}", alloc.stdout("t")))?;
 
         let supervisor = scope.supervisor()?;
-        // A shell whose child was stopped between its vfork and its exec waits for it, and for nothing else: D.
-        let is_stopped =
-            |pid: u32| status(pid, "State").is_ok_and(|state| state.starts_with(['T', 'D']));
+        let is_in = |pid: u32, of: char| status(pid, "State").is_ok_and(|state| state.starts_with(of));
+        // A shell whose child was stopped between its vfork and its exec waits for it, and for nothing else.
+        let waits_for_stopped = |pid: u32| {
+            let parent = pid.to_string();
+            let is_child = |other: &u32| status(*other, "PPid").is_ok_and(|it| it == parent);
+            let others = scope.processes().unwrap_or_default();
+            is_in(pid, 'D') && others.iter().filter(|it| is_child(it)).any(|it| is_in(*it, 'T'))
+        };
+        let is_stopped = |pid: u32| is_in(pid, 'T') || waits_for_stopped(pid);
         let stopped = || -> Option<(BTreeSet<u32>, BTreeSet<u32>)> {
             Some(scope.processes().ok()?.into_iter().partition(|pid| is_stopped(*pid)))
         };

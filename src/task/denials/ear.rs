@@ -107,7 +107,7 @@ fn read(socket: &OwnedFd, buffer: &mut [u8]) -> io::Result<Batch> {
             Ok(record) => batch.records.extend(record),
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => batch.has_lost = true,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // The next read has it again: the reactor must see that it has to wait.
+            // One that lasts comes again at the next read. There the reactor has to see it, to wait again.
             Err(_) if read > 0 => return Ok(batch),
             Err(error) => return Err(error),
         }
