@@ -476,30 +476,37 @@ fn a_real_agents_task_without_logs_writes_to_the_journal(context: &Context) -> R
 fn a_real_agents_new_log_collector_takes_over_from_a_dead_one(context: &Context) -> Result<()> {
     context.block_on(async {
         let mut agent = agent(context).await?;
-        let script =
-            "trap 'exit 5' TERM; i=0; while :; do i=$((i + 1)); echo line $i.; sleep 0.1; done";
+        // It writes when it is told to: the collector flushes each 100 ms, and what it has read until it is killed is gone.
+        let script = "trap 'exit 5' TERM
+            trap 'for n in 1 2 3; do i=$((i + 1)); echo line $i.; done' HUP
+            i=0; echo up; while :; do sleep 0.1; done";
         let job = Job::shell(script).task("kill_signal = \"SIGTERM\"");
         let ids = agent.run(&job.text()).await?;
         let id = ids.first().context("no allocation")?;
         agent.wait_for(id, &["running"]).await?;
         let main = scope_of(id, "t")?.main()?;
+        let hang_up = || said("kill", &["-HUP", &main.to_string()]);
         logged(&agent, id, 1).await?;
+        hang_up()?;
+        logged(&agent, id, 4).await?;
         for pid in collectors()? {
             said("kill", &["-KILL", &pid.to_string()])?;
         }
-        let before = agent.logs(id, "t", "stdout").await?.lines().count();
+        hang_up()?;
         tokio::time::sleep(Duration::from_secs(2)).await;
         ensure!(
             scope_of(id, "t")?.main()? == main,
             "it went with its collector"
         );
+        ensure!(agent.logs(id, "t", "stdout").await?.lines().count() == 4);
         agent.restart().await?;
         // What it wrote meanwhile, and what it writes now.
-        logged(&agent, id, before + 30).await?;
+        logged(&agent, id, 7).await?;
+        hang_up()?;
+        logged(&agent, id, 10).await?;
         let lines = agent.logs(id, "t", "stdout").await?;
-        for (index, line) in lines.lines().enumerate() {
-            ensure!(line == format!("line {}.", index + 1), "{lines}");
-        }
+        let expected = (1..=9).fold("up\n".to_owned(), |all, n| all + &format!("line {n}.\n"));
+        ensure!(lines == expected, "{lines}");
         agent.stop("case").await?;
         let told = messages(&agent, id, "t").await?;
         ensure!(

@@ -183,7 +183,9 @@ impl RealAgent {
                 command
                     .args(["agent", "-config"])
                     .arg(hcl)
-                    .stdin(Stdio::null());
+                    .stdin(Stdio::null())
+                    // Or the agent of a case that failed would keep its ports, and the next one waits for them without a word.
+                    .kill_on_drop(true);
                 let env = self.config.env.iter().map(|(name, value)| (name, value));
                 command.envs(env).stdout(log.try_clone()?).stderr(log);
                 self.child = Some(command.spawn().context("start nomad")?);
