@@ -40,6 +40,9 @@ impl Tally {
 
     /// A planned case that did not run is a failed one. The reason is told once.
     pub fn did_not_run(&self, guest: GuestName, cases: &[&str], why: &str) {
+        if cases.is_empty() {
+            return;
+        }
         println!("{guest:<16} {} cases do not run: {why}", cases.len());
         for (number, case) in cases.iter().enumerate() {
             self.ended(
