@@ -184,7 +184,6 @@ impl RealAgent {
                     .args(["agent", "-config"])
                     .arg(hcl)
                     .stdin(Stdio::null())
-                    // Or the agent of a case that failed would keep its ports, and the next one waits for them without a word.
                     .kill_on_drop(true);
                 let env = self.config.env.iter().map(|(name, value)| (name, value));
                 command.envs(env).stdout(log.try_clone()?).stderr(log);
@@ -328,6 +327,26 @@ impl RealAgent {
 
     fn log_file(&self) -> PathBuf {
         self.data.path().join("agent.log")
+    }
+}
+
+/// The agent of a case that failed: to systemd the next one, of the same name, would be running already.
+impl Drop for RealAgent {
+    fn drop(&mut self) {
+        let Start::Service(unit) = &self.config.start else {
+            return;
+        };
+        let file = unit_file(unit);
+        if !file.exists() {
+            return;
+        }
+        for words in [["kill", "--signal=SIGKILL"].as_slice(), &["stop"]] {
+            let _ = std::process::Command::new("systemctl")
+                .args(words)
+                .arg(unit)
+                .status();
+        }
+        let _ = std::fs::remove_file(file);
     }
 }
 
