@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tokio::task::AbortHandle;
 use tokio::time::sleep;
 use tracing::warn;
 
@@ -60,6 +61,8 @@ pub(super) struct Shared {
     /// Likewise, of what Landlock denies.
     pub(super) denials: OnceLock<Option<Arc<Denials>>>,
     pub(super) helpers: Helpers,
+    /// Of memory, once no task has come for a while.
+    giving_back: Mutex<Option<AbortHandle>>,
 }
 
 /// What SetConfig brought.
@@ -147,6 +150,7 @@ impl TaskTable {
             watches: OnceLock::new(),
             denials: OnceLock::new(),
             helpers: Helpers::new(ahead),
+            giving_back: Mutex::default(),
         };
         Ok(Self {
             shared: Arc::new(shared),
@@ -294,12 +298,16 @@ impl TaskTable {
         if table.is_empty() {
             table.shrink_to_fit();
             let tasks = self.clone();
-            tokio::spawn(async move {
+            let giving_back = tokio::spawn(async move {
                 sleep(GIVE_BACK).await;
                 if lock(&tasks.shared.table).is_empty() {
-                    sys::trim_heap_and_tcache();
+                    sys::trim_memory();
                 }
             });
+            let earlier = lock(&self.shared.giving_back).replace(giving_back.abort_handle());
+            if let Some(earlier) = earlier {
+                earlier.abort();
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use crate::ahead::ahead;
 use crate::calls::{Calls, Descriptors, Place};
 use crate::case;
-use crate::nomad::{agent, status, until};
+use crate::nomad::{agent, proc_file, status, until};
 
 pub const CASES: &[Case] = &[
     case!(
@@ -96,6 +96,10 @@ fn hundreds_of_tasks_at_once_keep_their_codes(context: &Context) -> Result<()> {
         for (pid, before) in [plugin, 1].into_iter().zip(before) {
             until_as_before(pid, &before.descriptors).await?;
         }
+        until("the plugin keeps no stack of a thread that has ended", || {
+            (stacks(plugin).ok()? == 0).then_some(())
+        })
+        .await?;
         place.close().await?;
         agent.finish().await
     })
@@ -129,6 +133,32 @@ impl Size {
             descriptors: Descriptors::of(pid)?,
         })
     }
+}
+
+/// Stacks of threads that a process has or keeps, without its first one's: each is memory without a name above a guard page.
+/// The first one's signal stack is like them, but of a few pages.
+fn stacks(pid: u32) -> Result<usize> {
+    let maps = proc_file(pid, "maps")?;
+    let maps: Vec<(u64, u64, &str)> = maps.lines().filter_map(mapping).collect();
+    let is_stack = |pair: &&[(u64, u64, &str)]| {
+        let [(begin, end, guard), (above, top, stack)] = pair else {
+            return false;
+        };
+        end - begin == 4096
+            && end == above
+            && top - above >= 1 << 20
+            && guard.starts_with("---p")
+            && *stack == "rw-p 00000000 00:00 0"
+    };
+    Ok(maps.windows(2).filter(is_stack).count())
+}
+
+/// Begin, end, and the rest of a line of `/proc/PID/maps`.
+fn mapping(line: &str) -> Option<(u64, u64, &str)> {
+    let (range, rest) = line.split_once(' ')?;
+    let (begin, end) = range.split_once('-')?;
+    let [begin, end] = [begin, end].map(|address| u64::from_str_radix(address, 16));
+    Some((begin.ok()?, end.ok()?, rest.trim_end()))
 }
 
 /// Descriptors of what ended a moment ago may still be on their way.
