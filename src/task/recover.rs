@@ -13,7 +13,7 @@ use super::log::of_task;
 use super::start::ERROR_BYTES;
 use super::state::{DriverState, Process, boot_id, invocation_id};
 use super::stop::scopes;
-use super::table::{Task, TaskTable};
+use super::table::{Claim, Task, TaskTable};
 use super::takeover::Theirs;
 use super::types::{DriverError, Saved, TaskRequest};
 use super::wait::Traces;
@@ -23,6 +23,7 @@ use crate::plan::unit::UnitName;
 use crate::record::Record;
 use crate::text::UnitText;
 use crate::text::one_line;
+use crate::users;
 
 impl TaskTable {
     /// Takes over a task of an earlier plugin process; one that we have already is fine as it is.
@@ -57,6 +58,7 @@ impl TaskTable {
                     self.insert(task);
                 } else {
                     let task = self.insert(task);
+                    self.warn_if_shared(&request, &task);
                     self.follow(task);
                 }
                 Ok(())
@@ -74,6 +76,27 @@ impl TaskTable {
                 self.remove(&request.id);
                 Err(error)
             }
+        }
+    }
+
+    /// Until it was recovered, its dynamic user was nobody's, and a start could get it.
+    fn warn_if_shared(&self, request: &TaskRequest, task: &Task) {
+        let claim = Claim {
+            uid: task.uid,
+            alloc_id: task.names.alloc_id.clone(),
+        };
+        let user = users::dynamic(task.uid).name;
+        // Nomad names no dynamic user after an agent's restart.
+        if !request.user.is_empty() && request.user != user {
+            return;
+        }
+        if let Some(other) = self.sharer(&claim) {
+            self.tell(
+                task,
+                format!(
+                    "user {user:?} is that of a task of allocation {other}, too, so that each can change the other's files and processes; stop one of the two allocations"
+                ),
+            );
         }
     }
 }

@@ -235,18 +235,16 @@ impl TaskTable {
     /// Takes a dynamic user for a start whose id is reserved, or says which allocation has it: one that runs, or starts.
     pub(super) fn claim(&self, id: &TaskId, claim: Claim) -> Result<(), String> {
         let mut table = lock(&self.shared.table);
-        for entry in table.values() {
-            let (uid, alloc_id) = match entry {
-                Entry::Starting(Some(other)) => (other.uid, &other.alloc_id),
-                Entry::Running(task) if task.ended().is_none() => (task.uid, &task.names.alloc_id),
-                Entry::Starting(None) | Entry::Running(_) => continue,
-            };
-            if uid == claim.uid && *alloc_id != claim.alloc_id {
-                return Err(alloc_id.clone());
-            }
+        if let Some(other) = holder(&table, &claim) {
+            return Err(other);
         }
         table.insert(id.clone(), Entry::Starting(Some(claim)));
         Ok(())
+    }
+
+    /// Another allocation that has a user, too.
+    pub(super) fn sharer(&self, claim: &Claim) -> Option<String> {
+        holder(&lock(&self.shared.table), claim)
     }
 
     pub(super) fn insert(&self, task: Task) -> Arc<Task> {
@@ -310,6 +308,18 @@ impl TaskTable {
             }
         }
     }
+}
+
+/// The allocation that has the user which another one claims.
+fn holder(table: &HashMap<TaskId, Entry>, claim: &Claim) -> Option<String> {
+    table.values().find_map(|entry| {
+        let (uid, alloc_id) = match entry {
+            Entry::Starting(Some(other)) => (other.uid, &other.alloc_id),
+            Entry::Running(task) if task.ended().is_none() => (task.uid, &task.names.alloc_id),
+            Entry::Starting(None) | Entry::Running(_) => return None,
+        };
+        (uid == claim.uid && *alloc_id != claim.alloc_id).then(|| alloc_id.clone())
+    })
 }
 
 impl Task {

@@ -10,9 +10,11 @@ use harness::leaks::Ground;
 use harness::nomad::proto::driver::TaskConfig;
 use harness::nomad::{Agent, Config, RpcError};
 
+use crate::calls::Calls;
 use crate::case;
 use crate::faults::nothing_left;
 use crate::nomad::{Job, Scope, agent, refusal, said};
+use crate::recovery::recover;
 
 /// A last word on a request before it is sent.
 type Change<'a> = &'a dyn Fn(&mut TaskConfig);
@@ -387,7 +389,22 @@ fn a_dynamic_user_is_one_allocations_alone(context: &Context) -> Result<()> {
         // Its own allocation may start anew as it.
         task.restart().await?;
         ensure!(task.user() == user, "{}", task.user());
+        // A start may have got it while its task was unknown: before that is recovered after a plugin's crash.
+        let mut handle = task.handle().context("a handle")?;
+        let config = handle.config.as_mut().context("no task in a handle")?;
+        config.id = "11111111-2222-3333-4444-555555555555/t/0badcafe".into();
+        config.alloc_id = "11111111-2222-3333-4444-555555555555".into();
+        let recovered = recover(&agent, handle).await?;
+        ensure!(recovered == Ok(()), "{recovered:?}");
+        let warning = format!(
+            "user {user:?} is that of a task of allocation {}, too",
+            alloc.id()
+        );
+        let told = said("journalctl", &["-o", "cat", "-g", &warning])?;
+        ensure!(told.contains("stop one of the two"), "{told}");
         alloc.stop().await?;
+        let known = "11111111-2222-3333-4444-555555555555/t/0badcafe";
+        Calls::of(&agent)?.destroy(known, true).await?;
 
         let heir = agent.run(&sleep().user(&user).text()).await?;
         heir.stop().await?;
