@@ -96,9 +96,10 @@ fn hundreds_of_tasks_at_once_keep_their_codes(context: &Context) -> Result<()> {
         for (pid, before) in [plugin, 1].into_iter().zip(before) {
             until_as_before(pid, &before.descriptors).await?;
         }
-        until("the plugin keeps no stack of a thread that has ended", || {
-            (stacks(plugin).ok()? == 0).then_some(())
-        })
+        until(
+            "the plugin keeps no stack of a thread that has ended",
+            || (stacks(plugin).ok()? == 0).then_some(()),
+        )
         .await?;
         place.close().await?;
         agent.finish().await
