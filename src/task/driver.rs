@@ -73,7 +73,8 @@ impl Tasks for TaskTable {
                 TaskState::Running
             },
             started_at: Some(task.started_at),
-            completed_at: ended.as_ref().map(|ended| ended.at),
+            // A short command ends before its start is known to have succeeded.
+            completed_at: ended.as_ref().map(|ended| ended.at.max(task.started_at)),
             exit: ended.map(|ended| ended.result),
             attributes: BTreeMap::from([
                 ("pid".to_owned(), task.main.pid.to_string()),

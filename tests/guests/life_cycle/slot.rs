@@ -369,8 +369,7 @@ impl Slot {
                     told.completed_at.context("an end")?,
                 );
                 ensure!(
-                    (begun.seconds, begun.nanos) <= (ended.seconds, ended.nanos)
-                        || matches!(task.life.kind, Kind::EndsAtOnce(_)),
+                    (begun.seconds, begun.nanos) <= (ended.seconds, ended.nanos),
                     "{begun:?}, {ended:?}"
                 );
             }
