@@ -15,7 +15,7 @@ use clap::{CommandFactory, Parser, Subcommand};
     name = "nomad-driver-exec2",
     version,
     after_help = "\
-Without a command this is a plugin for Nomad: put it into the agent's plugin_dir and Nomad starts it.
+Without a command this is a plugin for Nomad: put it into the agent's plugin_dir to have it started.
 
 Examples:
   nomad-driver-exec2 check
