@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_line_is_cut_and_its_colour_ends_with_it() {
-        let cut = lines(&["a longer note"], 6, 11);
+        let cut = lines(&["a longer note"], 9, 11);
         assert_eq!(cut[0], "UNIT  STAT");
         assert_eq!(cut[1], "a     \x1b[32mrunn\x1b[0m");
         assert_eq!(cut[2], "b     runn");
