@@ -12,6 +12,10 @@ use crate::plan::limits::{self, Compute, QuotaGrain};
 
 /// The controllers that limits are made of.
 pub const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// cgroup.kill came with it.
+pub const OLDEST_KERNEL: (u32, u32) = (5, 14);
+/// The oldest one that is tested; the packages demand it, too.
+const OLDEST_SYSTEMD: u32 = 252;
 /// The first systemd whose CPU quota survives a daemon-reload to the hundredth of a percent.
 const FINE_QUOTA_SYSTEMD: u32 = 257;
 
@@ -33,7 +37,7 @@ pub enum Need {
     Systemd,
     Unified,
     Landlock,
-    /// And systemd's answer on it.
+    /// And systemd's answer on it, of a version that will do.
     Bus,
     Controllers(&'static [&'static str]),
 }
@@ -104,9 +108,17 @@ impl Host {
                 "cgroup v2 is not mounted at /sys/fs/cgroup; boot with systemd.unified_cgroup_hierarchy=1"
             }
             Need::Landlock if self.landlock_abi.is_none() => {
-                "Landlock is not available; it needs Linux 5.13 or newer with landlock in the kernel's lsm= list"
+                let (major, minor) = OLDEST_KERNEL;
+                return Some(format!(
+                    "Landlock is not available; it needs Linux {major}.{minor} or newer with landlock in the kernel's lsm= list"
+                ));
             }
-            Need::Bus => return systemd.as_ref().err().cloned(),
+            Need::Bus => {
+                return match systemd {
+                    Ok(version) => too_old(version),
+                    Err(reason) => Some(reason.clone()),
+                };
+            }
             Need::Controllers(needed) => {
                 let is_missing = |name: &&&str| self.missing_controllers.contains(*name);
                 let missing: Vec<_> = needed.iter().filter(is_missing).copied().collect();
@@ -157,16 +169,26 @@ impl Host {
 
 /// How finely this systemd keeps a CPU quota, from its version string.
 pub fn quota_grain(version: &str) -> QuotaGrain {
-    let number: u32 = version
-        .split(|c: char| !c.is_ascii_digit())
-        .next()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(0);
-    if number >= FINE_QUOTA_SYSTEMD {
+    if systemd_number(version).is_some_and(|number| number >= FINE_QUOTA_SYSTEMD) {
         QuotaGrain::Fine
     } else {
         QuotaGrain::WholePercent
     }
+}
+
+/// 257 of `257.13-1~deb13u1`, and of the `v257-rc1` of a build from source.
+fn systemd_number(version: &str) -> Option<u32> {
+    let version = version.strip_prefix('v').unwrap_or(version);
+    let number = version.split(|c: char| !c.is_ascii_digit()).next()?;
+    number.parse().ok()
+}
+
+/// A version that is no number may be any.
+fn too_old(version: &str) -> Option<String> {
+    let is_old = systemd_number(version).is_some_and(|number| number < OLDEST_SYSTEMD);
+    is_old.then(|| {
+        format!("systemd {version} is too old; install a system with {OLDEST_SYSTEMD} or newer")
+    })
 }
 
 /// The service that a process of the agent runs in; we are one.
@@ -294,6 +316,25 @@ mod tests {
             FIT.fitness(&Err("no bus".into())),
             Fitness::Unhealthy("no bus".into())
         );
+    }
+
+    #[test]
+    fn an_old_systemd_is_unhealthy_and_an_unknown_one_is_let_be() {
+        for (version, is_fit) in [
+            ("251.4-1", false),
+            ("v249-rc1", false),
+            ("252-55.el9", true),
+            ("v258~devel", true),
+            ("nonsense", true),
+        ] {
+            let fitness = FIT.fitness(&Ok(version.into()));
+            let old = format!("systemd {version} is too old; install a system with 252 or newer");
+            let expected = match is_fit {
+                true => Fitness::Fit,
+                false => Fitness::Unhealthy(old),
+            };
+            assert_eq!(fitness, expected, "{version}");
+        }
     }
 
     #[test]

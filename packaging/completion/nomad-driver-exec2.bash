@@ -1,4 +1,4 @@
-_nomad__driver__exec2() {
+_nomad_driver_exec2() {
     local i cur prev opts cmd
     COMPREPLY=()
     if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
@@ -14,31 +14,31 @@ _nomad__driver__exec2() {
     do
         case "${cmd},${i}" in
             ",$1")
-                cmd="nomad__driver__exec2"
+                cmd="nomad_driver_exec2"
                 ;;
-            nomad__driver__exec2,check)
-                cmd="nomad__driver__exec2__subcmd__check"
+            nomad_driver_exec2,check)
+                cmd="nomad_driver_exec2__subcmd__check"
                 ;;
-            nomad__driver__exec2,help)
-                cmd="nomad__driver__exec2__subcmd__help"
+            nomad_driver_exec2,help)
+                cmd="nomad_driver_exec2__subcmd__help"
                 ;;
-            nomad__driver__exec2,run)
-                cmd="nomad__driver__exec2__subcmd__run"
+            nomad_driver_exec2,run)
+                cmd="nomad_driver_exec2__subcmd__run"
                 ;;
-            nomad__driver__exec2,tasks)
-                cmd="nomad__driver__exec2__subcmd__tasks"
+            nomad_driver_exec2,tasks)
+                cmd="nomad_driver_exec2__subcmd__tasks"
                 ;;
-            nomad__driver__exec2__subcmd__help,check)
-                cmd="nomad__driver__exec2__subcmd__help__subcmd__check"
+            nomad_driver_exec2__subcmd__help,check)
+                cmd="nomad_driver_exec2__subcmd__help__subcmd__check"
                 ;;
-            nomad__driver__exec2__subcmd__help,help)
-                cmd="nomad__driver__exec2__subcmd__help__subcmd__help"
+            nomad_driver_exec2__subcmd__help,help)
+                cmd="nomad_driver_exec2__subcmd__help__subcmd__help"
                 ;;
-            nomad__driver__exec2__subcmd__help,run)
-                cmd="nomad__driver__exec2__subcmd__help__subcmd__run"
+            nomad_driver_exec2__subcmd__help,run)
+                cmd="nomad_driver_exec2__subcmd__help__subcmd__run"
                 ;;
-            nomad__driver__exec2__subcmd__help,tasks)
-                cmd="nomad__driver__exec2__subcmd__help__subcmd__tasks"
+            nomad_driver_exec2__subcmd__help,tasks)
+                cmd="nomad_driver_exec2__subcmd__help__subcmd__tasks"
                 ;;
             *)
                 ;;
@@ -46,7 +46,7 @@ _nomad__driver__exec2() {
     done
 
     case "${cmd}" in
-        nomad__driver__exec2)
+        nomad_driver_exec2)
             opts="-h -V --help --version check run tasks help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -60,7 +60,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__check)
+        nomad_driver_exec2__subcmd__check)
             opts="-h --json --config --memory --cpu --unveil --user --env --task --var --volume --meta --payload --ignore --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -108,7 +108,18 @@ _nomad__driver__exec2() {
                     return 0
                     ;;
                 --payload)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
                     COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
                     return 0
                     ;;
                 --ignore)
@@ -122,7 +133,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__help)
+        nomad_driver_exec2__subcmd__help)
             opts="check run tasks help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -136,7 +147,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__help__subcmd__check)
+        nomad_driver_exec2__subcmd__help__subcmd__check)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -150,7 +161,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__help__subcmd__help)
+        nomad_driver_exec2__subcmd__help__subcmd__help)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -164,7 +175,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__help__subcmd__run)
+        nomad_driver_exec2__subcmd__help__subcmd__run)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -178,7 +189,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__help__subcmd__tasks)
+        nomad_driver_exec2__subcmd__help__subcmd__tasks)
             opts=""
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -192,7 +203,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__run)
+        nomad_driver_exec2__subcmd__run)
             opts="-h --memory --cpu --unveil --user --env --task --var --volume --meta --payload --ignore --learn --prune --probe --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -236,7 +247,18 @@ _nomad__driver__exec2() {
                     return 0
                     ;;
                 --payload)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
                     COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
                     return 0
                     ;;
                 --ignore)
@@ -258,7 +280,7 @@ _nomad__driver__exec2() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
-        nomad__subcmd__driver__subcmd__exec2__subcmd__tasks)
+        nomad_driver_exec2__subcmd__tasks)
             opts="-h --json --watch --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
@@ -280,7 +302,7 @@ _nomad__driver__exec2() {
 }
 
 if [[ "${BASH_VERSINFO[0]}" -eq 4 && "${BASH_VERSINFO[1]}" -ge 4 || "${BASH_VERSINFO[0]}" -gt 4 ]]; then
-    complete -F _nomad__driver__exec2 -o nosort -o bashdefault -o default nomad-driver-exec2
+    complete -F _nomad_driver_exec2 -o nosort -o bashdefault -o default nomad-driver-exec2
 else
-    complete -F _nomad__driver__exec2 -o bashdefault -o default nomad-driver-exec2
+    complete -F _nomad_driver_exec2 -o bashdefault -o default nomad-driver-exec2
 fi

@@ -34,9 +34,9 @@ complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand ch
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l memory -d 'Memory limit: a number of MiB, or with K, M or G [default: the job\'s, or 300M]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l cpu -d 'CPU limit in MHz, as in a job\'s `resources` [default: the job\'s, or 1000]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l unveil -d 'Unveil a path, as in `r:/srv`; the mode is any of r, w, x, c [repeatable]' -r
-complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l user -d 'User to run as, by name [default: the job\'s, or a dynamic one]' -r
+complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l user -d 'User to run as, by name [default: the job\'s, or a dynamic one]' -r -f -a "(__fish_complete_users)"
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l env -d 'Set a variable of the task\'s environment [repeatable]' -r
-complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l task -d 'The task, as TASK or GROUP/TASK [default: the only main one; of check, all]' -r
+complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l task -d 'Only this task, as TASK or GROUP/TASK' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l var -d 'Give one of the file\'s variables a value, as `nomad job run -var` does [repeatable]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l volume -d 'The directory of this host that is a volume of the job [repeatable]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand check" -l meta -d 'Metadata for a parameterized job, as `nomad job dispatch -meta` gives it [repeatable]' -r
@@ -47,9 +47,9 @@ complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand ch
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l memory -d 'Memory limit: a number of MiB, or with K, M or G [default: the job\'s, or 300M]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l cpu -d 'CPU limit in MHz, as in a job\'s `resources` [default: the job\'s, or 1000]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l unveil -d 'Unveil a path, as in `r:/srv`; the mode is any of r, w, x, c [repeatable]' -r
-complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l user -d 'User to run as, by name [default: the job\'s, or a dynamic one]' -r
+complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l user -d 'User to run as, by name [default: the job\'s, or a dynamic one]' -r -f -a "(__fish_complete_users)"
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l env -d 'Set a variable of the task\'s environment [repeatable]' -r
-complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l task -d 'The task, as TASK or GROUP/TASK [default: the only main one; of check, all]' -r
+complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l task -d 'Only this task, as TASK or GROUP/TASK' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l var -d 'Give one of the file\'s variables a value, as `nomad job run -var` does [repeatable]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l volume -d 'The directory of this host that is a volume of the job [repeatable]' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l meta -d 'Metadata for a parameterized job, as `nomad job dispatch -meta` gives it [repeatable]' -r
@@ -59,7 +59,7 @@ complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand ru
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l probe -d 'Say by a shell command when a server works: it is tried until it succeeds, and then the task is stopped' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -l prune -d 'Run a command that ends with status 0 again without each entry and each letter, and leave out those without which it still does, and prints the same if it does so twice'
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand run" -s h -l help -d 'Print help'
-complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand tasks" -l watch -d 'Print again every so many seconds, until Ctrl-C' -r
+complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand tasks" -l watch -d 'Print again every so many seconds, 2 if none are named, until Ctrl-C; a terminal is shown as much as fits' -r
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand tasks" -l json -d 'Print an array of objects in one line, with null for what is not known or not limited'
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand tasks" -s h -l help -d 'Print help'
 complete -c nomad-driver-exec2 -n "__fish_nomad_driver_exec2_using_subcommand help; and not __fish_seen_subcommand_from check run tasks help" -f -a "check" -d 'Check whether this host is fit for the driver, or what a job\'s tasks would be given on it; nothing is run or changed'

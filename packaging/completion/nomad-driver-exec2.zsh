@@ -34,9 +34,9 @@ _arguments "${_arguments_options[@]}" : \
 '--memory=[Memory limit\: a number of MiB, or with K, M or G \[default\: the job'\''s, or 300M\]]:SIZE:_default' \
 '--cpu=[CPU limit in MHz, as in a job'\''s \`resources\` \[default\: the job'\''s, or 1000\]]:MHZ:_default' \
 '*--unveil=[Unveil a path, as in \`r\:/srv\`; the mode is any of r, w, x, c \[repeatable\]]:MODE:PATH:_default' \
-'--user=[User to run as, by name \[default\: the job'\''s, or a dynamic one\]]:USER:_default' \
+'--user=[User to run as, by name \[default\: the job'\''s, or a dynamic one\]]:USER:_users' \
 '*--env=[Set a variable of the task'\''s environment \[repeatable\]]:NAME=VALUE:_default' \
-'--task=[The task, as TASK or GROUP/TASK \[default\: the only main one; of check, all\]]:TASK:_default' \
+'--task=[Only this task, as TASK or GROUP/TASK]:TASK:_default' \
 '*--var=[Give one of the file'\''s variables a value, as \`nomad job run -var\` does \[repeatable\]]:NAME=VALUE:_default' \
 '*--volume=[The directory of this host that is a volume of the job \[repeatable\]]:NAME=/PATH:_default' \
 '*--meta=[Metadata for a parameterized job, as \`nomad job dispatch -meta\` gives it \[repeatable\]]:NAME=VALUE:_default' \
@@ -53,9 +53,9 @@ _arguments "${_arguments_options[@]}" : \
 '--memory=[Memory limit\: a number of MiB, or with K, M or G \[default\: the job'\''s, or 300M\]]:SIZE:_default' \
 '--cpu=[CPU limit in MHz, as in a job'\''s \`resources\` \[default\: the job'\''s, or 1000\]]:MHZ:_default' \
 '*--unveil=[Unveil a path, as in \`r\:/srv\`; the mode is any of r, w, x, c \[repeatable\]]:MODE:PATH:_default' \
-'--user=[User to run as, by name \[default\: the job'\''s, or a dynamic one\]]:USER:_default' \
+'--user=[User to run as, by name \[default\: the job'\''s, or a dynamic one\]]:USER:_users' \
 '*--env=[Set a variable of the task'\''s environment \[repeatable\]]:NAME=VALUE:_default' \
-'--task=[The task, as TASK or GROUP/TASK \[default\: the only main one; of check, all\]]:TASK:_default' \
+'--task=[Only this task, as TASK or GROUP/TASK]:TASK:_default' \
 '*--var=[Give one of the file'\''s variables a value, as \`nomad job run -var\` does \[repeatable\]]:NAME=VALUE:_default' \
 '*--volume=[The directory of this host that is a volume of the job \[repeatable\]]:NAME=/PATH:_default' \
 '*--meta=[Metadata for a parameterized job, as \`nomad job dispatch -meta\` gives it \[repeatable\]]:NAME=VALUE:_default' \
@@ -72,7 +72,7 @@ _arguments "${_arguments_options[@]}" : \
 ;;
 (tasks)
 _arguments "${_arguments_options[@]}" : \
-'--watch=[Print again every so many seconds, until Ctrl-C]::SECONDS:_default' \
+'--watch=[Print again every so many seconds, 2 if none are named, until Ctrl-C; a terminal is shown as much as fits]::SECONDS:_default' \
 '--json[Print an array of objects in one line, with null for what is not known or not limited]' \
 '-h[Print help]' \
 '--help[Print help]' \

@@ -14,7 +14,14 @@ use clap::{CommandFactory, Parser, Subcommand};
 #[command(
     name = "nomad-driver-exec2",
     version,
-    after_help = "Without a command this is a plugin for Nomad: put it into the agent's plugin_dir and Nomad starts it."
+    after_help = "\
+Without a command this is a plugin for Nomad: put it into the agent's plugin_dir to have it started.
+
+Examples:
+  nomad-driver-exec2 check
+  nomad-driver-exec2 run --memory 64M --unveil r:/srv -- ls -l /srv
+
+The manual is man nomad-driver-exec2."
 )]
 struct Arguments {
     #[command(subcommand)]

@@ -20,6 +20,7 @@ use crate::examples::{BRIDGE, CORES, OVERSUBSCRIPTION, SECRET, SIDECAR, VOLUMES}
 use crate::nomad::{Scope, proc_file, status, until};
 use crate::programs::{GO, JAVA, NGINX, NODE, POSTGRESQL, PYTHON, REDIS};
 use crate::run_job::{ENV, EXIT7, SERVICE};
+use crate::tasks::drawn;
 
 pub const CASES: &[Case] = &[
     case!(
@@ -29,6 +30,7 @@ pub const CASES: &[Case] = &[
     ),
     case!(Everywhere, Ours, a_host_is_told_fit_or_what_it_lacks),
     case!(Speed, Ours, each_lack_of_a_host_is_told_with_its_remedy),
+    case!(Speed, Ours, colours_are_for_terminals_that_want_them),
     case!(Speed, Ours, the_plugin_directory_is_judged_file_by_file),
     case!(
         Speed,
@@ -183,6 +185,43 @@ fn a_host_is_told_fit_or_what_it_lacks(context: &Context) -> Result<()> {
     Ok(())
 }
 
+fn colours_are_for_terminals_that_want_them(context: &Context) -> Result<()> {
+    let files = Files::new(context, "")?;
+    let job = job_file(EXIT7)?;
+    let of_host = || check(context, &files);
+    let of_job = || {
+        let mut command = check(context, &files);
+        command.arg(job.path()).args(["--unveil", "r:/no/such"]);
+        command
+    };
+    let green = "\x1b[32mok     \x1b[0m";
+    let red = "\x1b[31merror  \x1b[0m";
+    for (command, coloured) in [(&of_host as &dyn Fn() -> Command, green), (&of_job, red)] {
+        let (text, _) = drawn(command(), None)?;
+        ensure!(text.contains(coloured), "{text:?}");
+        let mut empty = command();
+        empty.env("NO_COLOR", "");
+        let (text, _) = drawn(empty, None)?;
+        ensure!(text.contains(coloured), "{text:?}");
+
+        let plain = &coloured[5..12];
+        let mut refused = command();
+        refused.env("NO_COLOR", "1");
+        let (text, _) = drawn(refused, None)?;
+        ensure!(text.contains(plain) && !text.contains('\x1b'), "{text:?}");
+        let piped = String::from_utf8(command().output()?.stdout)?;
+        ensure!(
+            piped.contains(plain) && !piped.contains('\x1b'),
+            "{piped:?}"
+        );
+        let mut data = command();
+        data.arg("--json");
+        let (text, _) = drawn(data, None)?;
+        ensure!(text.starts_with('[') && !text.contains('\x1b'), "{text:?}");
+    }
+    Ok(())
+}
+
 fn each_lack_of_a_host_is_told_with_its_remedy(context: &Context) -> Result<()> {
     let files = Files::new(context, "")?;
     fs::set_permissions(files.dir.path(), fs::Permissions::from_mode(0o755))?;
@@ -219,7 +258,7 @@ fn each_lack_of_a_host_is_told_with_its_remedy(context: &Context) -> Result<()> 
                 "--property=SystemCallFilter=~landlock_create_ruleset landlock_add_rule landlock_restrict_self",
                 "--property=SystemCallErrorNumber=EOPNOTSUPP",
             ]),
-            "landlock: Landlock is not available; it needs Linux 5.13 or newer with landlock in the kernel's lsm= list",
+            "landlock: Landlock is not available; it needs Linux 5.14 or newer with landlock in the kernel's lsm= list",
         ),
         (
             wrapped(&[
@@ -237,6 +276,11 @@ fn each_lack_of_a_host_is_told_with_its_remedy(context: &Context) -> Result<()> 
     for (mut command, sentence) in cases {
         let (lines, code) = told(&mut command)?;
         let errors = of_status(&lines, "error");
+        ensure!(
+            errors.iter().all(|line| !line.starts_with("bus: ")
+                || line.ends_with("; is dbus running (systemctl status dbus)?")),
+            "{errors:#?}"
+        );
         ensure!(
             code == 1 && errors.iter().any(|line| line.starts_with(sentence)),
             "{sentence}: {errors:#?}"

@@ -143,7 +143,7 @@ fn a_kernel_without_landlock_is_no_host(context: &Context) -> Result<()> {
             seen.health() == HealthState::Undetected
                 && seen
                     .health_description
-                    .starts_with("Landlock is not available; it needs Linux 5.13"),
+                    .starts_with("Landlock is not available; it needs Linux 5.14"),
             "{seen:?}"
         );
         // Whoever starts a task all the same gets no task without its sandbox.

@@ -4,12 +4,12 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use harness::guest::{Case, Context, Kind};
 use harness::leaks::Ground;
-use nix::pty::openpty;
+use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nomad_driver_exec2::cli::tasks::COLUMNS;
@@ -32,6 +32,7 @@ pub const CASES: &[Case] = &[
     case!(Speed, Ours, only_root_is_told_and_nothing_is_no_failure),
     case!(Speed, Ours, a_watch_goes_on_until_it_is_stopped),
     case!(Speed, Ours, colours_are_for_terminals_that_want_them),
+    case!(Speed, Ours, a_watched_terminal_gets_what_it_has_room_for),
 ];
 
 const RECORDS: &str = "/run/nomad-driver-exec2/records";
@@ -387,47 +388,98 @@ fn a_watch_goes_on_until_it_is_stopped(context: &Context) -> Result<()> {
     planted.clear()
 }
 
-/// What is written to a terminal.
-fn drawn(mut command: Command) -> Result<String> {
-    let pty = openpty(None, None)?;
+/// What is written to a terminal of a size, or of one that tells none, and how it ended.
+pub fn drawn(mut command: Command, size: Option<&Winsize>) -> Result<(String, ExitStatus)> {
+    let pty = openpty(size, None)?;
     command.stdout(pty.slave.as_fd().try_clone_to_owned()?);
     let mut child = command.spawn()?;
     drop((command, pty.slave));
     let mut text = Vec::new();
     // EIO is a terminal's end.
     let _ = fs::File::from(pty.master).read_to_end(&mut text);
-    ensure!(child.wait()?.success());
-    Ok(String::from_utf8(text)?)
+    Ok((String::from_utf8(text)?, child.wait()?))
+}
+
+/// Of one that has nothing to complain of.
+fn well_drawn(command: Command, size: Option<&Winsize>) -> Result<String> {
+    let (text, status) = drawn(command, size)?;
+    ensure!(status.success(), "{status}: {text:?}");
+    Ok(text)
 }
 
 fn colours_are_for_terminals_that_want_them(context: &Context) -> Result<()> {
     let planted = Planted::new("x")?;
     let red = "\x1b[31mleftover  \x1b[0m";
-    let text = drawn(tasks(context, &[]))?;
+    let text = well_drawn(tasks(context, &[]), None)?;
     ensure!(text.contains(red), "{text:?}");
     let mut plain = tasks(context, &[]);
     plain.env("NO_COLOR", "1");
-    let text = drawn(plain)?;
+    let text = well_drawn(plain, None)?;
     ensure!(
         text.contains("leftover") && !text.contains('\x1b'),
         "{text:?}"
     );
     ensure!(!listed(context, &[])?.contains('\x1b'));
 
+    let text = well_drawn(watch(context), None)?;
+    let frames: Vec<&str> = text.split("\x1b[H").skip(1).collect();
+    ensure!(frames.len() >= 2, "{text:?}");
+    let end = "\x1b[K\r\n\x1b[?7h\x1b[J";
+    ensure!(
+        frames
+            .iter()
+            .all(|frame| frame.contains(red) && frame.ends_with(end)),
+        "{frames:?}"
+    );
+    planted.clear()
+}
+
+/// Ends as by Ctrl-C when it has been drawn twice.
+fn watch(context: &Context) -> Command {
     let mut watch = Command::new("timeout");
     watch
         .args(["--signal=INT", "--preserve-status", "2.5"])
         .arg(context.driver())
         .args(["tasks", "--watch=1"])
         .env_remove("NO_COLOR");
-    let text = drawn(watch)?;
+    watch
+}
+
+fn a_watched_terminal_gets_what_it_has_room_for(context: &Context) -> Result<()> {
+    let planted = Planted::new("x")?;
+    let more: Vec<PathBuf> = (0..5)
+        .map(|number| Path::new(RECORDS).join(format!("exec2-gone-0a1b2c3d-0000000{number}.scope")))
+        .collect();
+    for record in &more {
+        fs::write(record, record::open())?;
+    }
+    let size = Winsize {
+        ws_row: 6,
+        ws_col: 41,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let mut plain = watch(context);
+    plain.env("NO_COLOR", "1");
+    let text = well_drawn(plain, Some(&size))?;
     let frames: Vec<&str> = text.split("\x1b[H").skip(1).collect();
     ensure!(frames.len() >= 2, "{text:?}");
-    ensure!(
-        frames
-            .iter()
-            .all(|frame| frame.contains(red) && frame.ends_with("\x1b[K\r\n\x1b[J")),
-        "{frames:?}"
-    );
+    for frame in frames {
+        let frame = frame.replace("\x1b[?7l", "").replace("\x1b[?7h\x1b[J", "");
+        let lines: Vec<&str> = frame.split_terminator("\x1b[K\r\n").collect();
+        // Seven tasks; the last row is the cursor's, and the last column stays free.
+        ensure!(lines.len() == 5, "{lines:?}");
+        ensure!(lines[4] == "4 more have no room here", "{lines:?}");
+        ensure!(lines[0].starts_with("UNIT "), "{lines:?}");
+        ensure!(lines.iter().all(|line| line.len() <= 40), "{lines:?}");
+        ensure!(lines[1].len() == 40, "{lines:?}");
+    }
+    // One that is no terminal gets all of it.
+    let table = listed(context, &[])?;
+    ensure!(table.lines().count() == 8, "{table}");
+    ensure!(table.lines().all(|line| line.len() > 40), "{table}");
+    for record in more {
+        fs::remove_file(record)?;
+    }
     planted.clear()
 }

@@ -190,17 +190,7 @@ impl Agent {
                 entries
             }
             Err(error) => {
-                let sentence = match error.kind() {
-                    ErrorKind::NotFound => format!(
-                        "{dir} does not exist; make it and install nomad-driver-exec2 in it, or set plugin_dir",
-                        dir = dir.display()
-                    ),
-                    ErrorKind::PermissionDenied => {
-                        format!("{} cannot be read ({error}); try sudo", dir.display())
-                    }
-                    _ => format!("{} cannot be read ({error}); set plugin_dir", dir.display()),
-                };
-                lines.push(Line::error("plugin_dir", sentence));
+                lines.push(plugin_dir::unread(&dir, &error));
                 Vec::new()
             }
         }
@@ -276,4 +266,162 @@ impl Agent {
 fn label(entries: &[Entry]) -> String {
     let ours = entries.iter().find(|entry| entry.kind == Kind::Ours);
     ours.map_or(LABEL.to_owned(), Entry::label)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::super::report::tests::told;
+    use super::*;
+    use crate::agent::PluginBlock;
+
+    fn running(pid: u32, uid: u32) -> Running {
+        Running {
+            pid,
+            uid,
+            arguments: Default::default(),
+            environment: Vec::new(),
+        }
+    }
+
+    /// With this process as the installed driver.
+    fn fit(dir: &Path) -> Agent {
+        let block = PluginBlock {
+            file: "/etc/agent.hcl".into(),
+            line: 9,
+            config: Vec::new(),
+        };
+        let config = AgentConfig {
+            files: vec!["/etc/agent.hcl".into()],
+            plugin_dir: Some(dir.to_owned()),
+            is_client: true,
+            plugins: [(LABEL.to_owned(), block)].into(),
+            ..AgentConfig::default()
+        };
+        Agent {
+            running: vec![running(7, 0)],
+            config,
+            paths: vec!["/etc/agent.hcl".into()],
+        }
+    }
+
+    fn keep_away(agent: &mut Agent, list: &str, names: &str) {
+        let options = &mut agent.config.options;
+        options.insert(list.to_owned(), names.to_owned());
+    }
+
+    /// One fact apart from a fit agent, and the whole of what differs.
+    #[test]
+    fn what_is_wrong_with_an_agent_is_told_with_its_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/proc/self/exe", dir.path().join(LABEL)).unwrap();
+        let ok = [
+            "ok agent: process 7 runs as root".to_owned(),
+            "ok config: /etc/agent.hcl".to_owned(),
+            "ok client: the agent is a client".to_owned(),
+            format!(
+                "ok plugin_dir: {}/{LABEL} is this driver",
+                dir.path().display()
+            ),
+            format!("ok plugin: /etc/agent.hcl:9: plugin \"{LABEL}\""),
+        ];
+        assert_eq!(told(&fit(dir.path()).lines()), ok);
+
+        type Case = (fn(&mut Agent), &'static [&'static str]);
+        let cases: &[Case] = &[
+            (
+                |agent| agent.running.clear(),
+                &[
+                    "warning agent: no Nomad agent runs on this host; start it (systemctl start nomad)",
+                ],
+            ),
+            (
+                |agent| agent.running = vec![running(7, 1000)],
+                &["error agent: process 7 runs with uid 1000; run the agent as root"],
+            ),
+            (
+                |agent| agent.running.extend([running(8, 0), running(9, 1000)]),
+                &[
+                    "warning agent: 3 agents run on this host, and this is about process 7; name another one's configuration with --config",
+                ],
+            ),
+            (
+                |agent| agent.paths.clear(),
+                &["ok config: the agent runs without -config"],
+            ),
+            (
+                |agent| agent.config.files.clear(),
+                &[
+                    "warning config: /etc/agent.hcl has no configuration of an agent; name it with --config",
+                ],
+            ),
+            (
+                |agent| agent.config.problems = vec!["/etc/b.hcl:3: a block has no end".into()],
+                &["error config: /etc/b.hcl:3: a block has no end; see nomad config validate"],
+            ),
+            (
+                |agent| agent.config.is_client = false,
+                &[
+                    "error client: the agent is no client, so that no task runs here; set client { enabled = true }",
+                ],
+            ),
+            (
+                |agent| keep_away(agent, "driver.denylist", "raw_exec, exec2"),
+                &[
+                    "error client: client.options driver.denylist keeps the driver exec2 away; let it in there",
+                ],
+            ),
+            (
+                |agent| keep_away(agent, "driver.allowlist", "docker"),
+                &[
+                    "error client: client.options driver.allowlist keeps the driver exec2 away; let it in there",
+                ],
+            ),
+            (
+                |agent| agent.config.plugin_dir = None,
+                &[
+                    "error plugin_dir: neither plugin_dir nor data_dir is set, so that the agent has no plugins; set plugin_dir",
+                ],
+            ),
+            (
+                |agent| agent.config.plugin_dir = Some("/no/such".into()),
+                &[
+                    "error plugin_dir: /no/such does not exist; make it and install nomad-driver-exec2 in it, or set plugin_dir",
+                ],
+            ),
+            (
+                |agent| agent.config.plugins.clear(),
+                &[
+                    "error plugin: the agent's configuration does not name the plugin, so that Nomad 1.10 and newer do not load it; add plugin \"nomad-driver-exec2\" { config {} }",
+                ],
+            ),
+            (
+                |agent| {
+                    let block = agent.config.plugins.remove(LABEL).unwrap();
+                    agent.config.plugins.insert(DRIVER.into(), block);
+                },
+                &[
+                    "error plugin: plugin \"exec2\" names no file of the driver; the label is the file's name: plugin \"nomad-driver-exec2\" { config {} }",
+                ],
+            ),
+        ];
+        for (change, differs) in cases {
+            let mut agent = fit(dir.path());
+            change(&mut agent);
+            let mut told = told(&agent.lines());
+            told.retain(|line| !ok.contains(line));
+            assert_eq!(told, *differs);
+        }
+    }
+
+    #[test]
+    fn where_there_is_no_agent_nothing_is_said_of_its_plugins() {
+        let agent = Agent {
+            running: Vec::new(),
+            config: AgentConfig::default(),
+            paths: vec!["/etc/agent".into()],
+        };
+        let names: Vec<_> = agent.lines().iter().map(|line| line.name).collect();
+        assert_eq!(names, ["agent", "config"]);
+    }
 }

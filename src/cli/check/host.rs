@@ -3,11 +3,7 @@
 use std::fs;
 
 use super::report::Line;
-use crate::host::{CONTROLLERS, Host, Need};
-
-/// cgroup.kill came with it.
-const OLDEST_KERNEL: (u32, u32) = (5, 14);
-const OLDEST_SYSTEMD: u32 = 247;
+use crate::host::{CONTROLLERS, Host, Need, OLDEST_KERNEL};
 
 /// What one look tells beside [`Host`].
 #[derive(Debug, Clone)]
@@ -143,15 +139,6 @@ fn bus(host: &Host, facts: &Facts) -> Line {
         return Line::error("bus", sentence);
     }
     let version = facts.systemd.as_deref().unwrap_or_default();
-    let number: u32 = version
-        .split(|c: char| !c.is_ascii_digit())
-        .next()
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(0);
-    if number < OLDEST_SYSTEMD {
-        let sentence = format!("systemd {version} is too old; install {OLDEST_SYSTEMD} or newer");
-        return Line::error("bus", sentence);
-    }
     Line::ok(
         "bus",
         format!("systemd {version} answers on the system bus"),
@@ -161,6 +148,7 @@ fn bus(host: &Host, facts: &Facts) -> Line {
 #[cfg(test)]
 mod tests {
     use super::super::report::Status;
+    use super::super::report::tests::told;
     use super::*;
     use crate::audit::Audit;
 
@@ -182,92 +170,157 @@ mod tests {
         }
     }
 
-    fn not_ok(host: &Host, facts: &Facts) -> Vec<(&'static str, Status)> {
-        let lines = lines(host, facts).into_iter();
-        lines
-            .filter(|line| line.status != Status::Ok)
-            .map(|line| (line.name, line.status))
-            .collect()
-    }
+    const NO_BUS: &str = "systemd cannot be reached on the system bus: gone; is dbus running (systemctl status dbus)?";
+
+    const OK: [&str; 11] = [
+        "ok root: this command runs as root",
+        "ok kernel: Linux 6.12.9-amd64",
+        "ok landlock: ABI 6, in the kernel's lsm= list (capability,landlock)",
+        "ok denials: not told: Landlock tells of none before ABI 7 (Linux 6.15)",
+        "ok cgroup: cgroup v2 is mounted at /sys/fs/cgroup",
+        "ok cpu: the cpu controller is there",
+        "ok memory: the memory controller is there",
+        "ok pids: the pids controller is there",
+        "ok cpuset: the cpuset controller is there",
+        "ok systemd: systemd is the init system",
+        "ok bus: systemd 257.13-1 answers on the system bus",
+    ];
 
     #[test]
     fn a_fit_host_has_a_line_for_each_fact() {
-        let lines = lines(&FIT, &facts());
-        assert_eq!(lines.len(), 11, "{lines:?}");
-        assert!(
-            lines.iter().all(|line| line.status == Status::Ok),
-            "{lines:?}"
-        );
+        assert_eq!(told(&lines(&FIT, &facts())), OK);
     }
 
+    /// One fact apart from a fit host, and the whole of what differs.
     #[test]
-    fn whether_denials_are_told_is_told_with_what_it_needs() {
-        for (audit, found) in [
-            (None, "not told: Landlock tells of none before ABI 7"),
+    fn what_is_missing_is_told_with_its_remedy_and_the_rest_is_looked_at() {
+        type Case = (fn(&mut Host, &mut Facts), &'static [&'static str]);
+        let cases: &[Case] = &[
             (
-                Some(Audit::Off),
-                "not told: kernel audit is off; auditctl -e 1",
+                |host, _| host.is_root = false,
+                &[
+                    "error root: Driver must run as root, and this command does not; try sudo, as not all can be seen without",
+                ],
             ),
             (
-                Some(Audit::Absent),
-                "not told: there is no kernel audit; boot",
+                |_, facts| facts.kernel = "5.10.0-28-amd64".into(),
+                &["error kernel: Linux 5.10.0-28-amd64 is too old; boot 5.14 or newer"],
             ),
             (
-                Some(Audit::Refused),
-                "not told: kernel audit is not told to",
+                |_, facts| facts.kernel = "5.14.0-570.el9".into(),
+                &["ok kernel: Linux 5.14.0-570.el9"],
             ),
-            (Some(Audit::On), "kernel audit is on"),
-        ] {
-            let line = denials(&Host { audit, ..FIT });
-            assert!(line.found.starts_with(found), "{line:?}");
-            assert_eq!(line.status, Status::Ok);
+            (
+                |_, facts| facts.kernel = String::new(),
+                &["warning kernel: \"\" is no version of Linux; look at uname -r"],
+            ),
+            (
+                |host, _| host.landlock_abi = None,
+                &[
+                    "error landlock: Landlock is not available; it needs Linux 5.14 or newer with landlock in the kernel's lsm= list",
+                ],
+            ),
+            (|_, facts| facts.lsm = None, &["ok landlock: ABI 6"]),
+            (
+                |host, _| host.landlock_abi = Some(2),
+                &[
+                    "warning landlock: ABI 2, in the kernel's lsm= list (capability,landlock): truncate is not restricted; Linux 6.2 or newer governs that",
+                ],
+            ),
+            (
+                |host, _| host.landlock_abi = Some(1),
+                &[
+                    "warning landlock: ABI 1, in the kernel's lsm= list (capability,landlock): no rename between directories, truncate is not restricted; Linux 6.2 or newer governs that",
+                ],
+            ),
+            (
+                |host, _| host.audit = Some(Audit::On),
+                &[
+                    "ok denials: kernel audit is on, and what Landlock denies is told, unless report_denials is false",
+                ],
+            ),
+            (
+                |host, _| host.audit = Some(Audit::Off),
+                &[
+                    "ok denials: not told: kernel audit is off; auditctl -e 1 turns it on, for tasks that run already, too",
+                ],
+            ),
+            (
+                |host, _| host.audit = Some(Audit::Absent),
+                &["ok denials: not told: there is no kernel audit; boot with audit=1"],
+            ),
+            (
+                |host, _| host.audit = Some(Audit::Refused),
+                &["ok denials: not told: kernel audit is not told to this process"],
+            ),
+            (
+                |host, _| host.missing_controllers = vec!["memory", "pids"],
+                &[
+                    "error memory: cgroup v2 has no memory controller, so limits are not in force; check cgroup_disable= and v1 mounts",
+                    "error pids: cgroup v2 has no pids controller, so limits are not in force; check cgroup_disable= and v1 mounts",
+                ],
+            ),
+            (
+                |host, _| host.missing_controllers = vec!["cpu"],
+                &[
+                    "error cpu: cgroup v2 has no cpu controller, so limits are not in force; check cgroup_disable= and v1 mounts",
+                ],
+            ),
+            (
+                |host, _| host.has_cpuset = false,
+                &[
+                    "warning cpuset: no cpuset controller, so reserved cores are not exclusive; check cgroup_disable= and v1 mounts",
+                ],
+            ),
+            // Of what hangs on it nothing is said.
+            (
+                |host, _| host.is_unified = false,
+                &[
+                    "error cgroup: cgroup v2 is not mounted at /sys/fs/cgroup; boot with systemd.unified_cgroup_hierarchy=1",
+                ],
+            ),
+            (
+                |host, _| host.runs_systemd = false,
+                &[
+                    "error systemd: systemd is not the init system of this host; the driver needs it to start a scope for each task",
+                ],
+            ),
+            (
+                |_, facts| facts.systemd = Ok("249.11-0ubuntu3".into()),
+                &[
+                    "error bus: systemd 249.11-0ubuntu3 is too old; install a system with 252 or newer",
+                ],
+            ),
+            (
+                |_, facts| facts.systemd = Err(NO_BUS.into()),
+                &[
+                    "error bus: systemd cannot be reached on the system bus: gone; is dbus running (systemctl status dbus)?",
+                ],
+            ),
+        ];
+        for (change, differs) in cases {
+            let (mut host, mut facts) = (FIT, facts());
+            change(&mut host, &mut facts);
+            let mut told = told(&lines(&host, &facts));
+            told.retain(|line| !OK.contains(&line.as_str()));
+            assert_eq!(told, *differs);
         }
     }
 
     #[test]
-    fn what_is_missing_is_an_error_and_the_rest_is_looked_at() {
-        let host = Host {
-            is_root: false,
-            landlock_abi: None,
-            missing_controllers: vec!["memory"],
-            ..FIT
-        };
-        let error = |name| (name, Status::Error);
-        assert_eq!(
-            not_ok(&host, &facts()),
-            [error("root"), error("landlock"), error("memory")]
-        );
+    fn what_hangs_on_a_missing_thing_has_no_line() {
         let host = Host {
             is_unified: false,
             runs_systemd: false,
             ..FIT
         };
-        assert_eq!(not_ok(&host, &facts()), [error("cgroup"), error("systemd")]);
-        let silent = Facts {
-            systemd: Err("no bus; start it".into()),
-            ..facts()
-        };
-        assert_eq!(not_ok(&FIT, &silent), [error("bus")]);
-    }
-
-    #[test]
-    fn old_versions_are_told() {
-        let old = Facts {
-            kernel: "5.10.0-28-amd64".into(),
-            systemd: Ok("241 (241)".into()),
-            ..facts()
-        };
-        let error = |name| (name, Status::Error);
-        assert_eq!(not_ok(&FIT, &old), [error("kernel"), error("bus")]);
-        let host = Host {
-            landlock_abi: Some(2),
-            has_cpuset: false,
-            ..FIT
-        };
-        let warning = |name| (name, Status::Warning);
+        let lines = lines(&host, &facts());
+        let names: Vec<_> = lines.iter().map(|line| line.name).collect();
         assert_eq!(
-            not_ok(&host, &facts()),
-            [warning("landlock"), warning("cpuset")]
+            names,
+            ["root", "kernel", "landlock", "denials", "cgroup", "systemd"]
         );
+        let errors = lines.iter().filter(|line| line.status == Status::Error);
+        assert_eq!(errors.count(), 2);
     }
 }

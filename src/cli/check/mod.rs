@@ -14,7 +14,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use thiserror::Error;
 
 use self::agent::Agent;
@@ -30,34 +30,36 @@ use crate::systemd::Systemd;
     override_usage = "nomad-driver-exec2 check [--json] [--config PATH]...\n       \
         nomad-driver-exec2 check [OPTIONS] JOB.nomad.hcl",
     after_help = "\
-Without a job file there is a line for each fact about the host and its Nomad agent: ok, warning or error, what was found, and
-what to do about it. The agent's configuration is that of the agent that runs, else what is in /etc/nomad.d. As another user
-than root it tells what it can.
+Without a job file there is a line for each fact about the host and its Nomad agent: ok, warning or
+error, what was found, and what to do about it. The agent's configuration is that of the agent that
+runs, else what is in /etc/nomad.d. As another user than root it tells what it can.
 
-With a job file each of its tasks with the driver exec2 is planned as a start by Nomad would be: user, command, directory,
-scope and limits, capabilities, network, volumes, environment and every unveiled path with who unveils it; then what would keep
-it from starting, and what in its unveil has no effect. What only a start on a client can tell (ports, the dynamic user, ids,
-templates with functions) is named, and shown with a word or number in its place.
+With a job file each of its tasks with the driver exec2, or that of --task, is planned as a start by
+Nomad would be: user, command, directory, scope and limits, capabilities, network, volumes,
+environment and every unveiled path with who unveils it; then what would keep it from starting, and
+what in its unveil has no effect. What only a start on a client can tell (ports, the dynamic user,
+ids, templates with functions) is named, and shown with a word or number in its place.
 
 Examples:
   nomad-driver-exec2 check
   nomad-driver-exec2 check --json | jq -r '.[] | select(.status == \"error\") | .remedy'
   nomad-driver-exec2 check --config /etc/nomad.d/client.hcl
-  nomad-driver-exec2 check --volume data=/srv/data tests/nomad/volumes.nomad.hcl
+  nomad-driver-exec2 check --volume data=/srv/data web.nomad.hcl
 
-The exit status is 0 if all is well or there are only warnings, and 1 if there is an error: in the host, the agent's
-configuration or the job file. It is 125 if nothing could be checked, as the file cannot be read or has no such task, and 2 for
-wrong options; both are told on standard error, and nothing else is printed."
+The exit status is 0 if all is well or there are only warnings, and 1 if there is an error: in the
+host, the agent's configuration or the job file. It is 125 if nothing could be checked, as the file
+cannot be read or has no such task, and 2 for wrong options; both are told on standard error, and
+nothing else is printed."
 )]
 pub struct Check {
     /// Print an array of objects in one line
     #[arg(long)]
     json: bool,
     /// The agent's configuration, a file or a directory [repeatable; default: that of the agent that runs, or /etc/nomad.d]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
     config: Vec<PathBuf>,
     /// The job file
-    #[arg(value_name = "JOB.nomad.hcl")]
+    #[arg(value_name = "JOB.nomad.hcl", value_hint = ValueHint::FilePath)]
     file: Option<PathBuf>,
     #[command(flatten)]
     given: Given,

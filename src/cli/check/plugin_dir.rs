@@ -1,7 +1,7 @@
 //! The directory from which the agent starts its plugins: what in it is this driver, and what keeps the agent from starting.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Error, ErrorKind, Read};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -92,6 +92,19 @@ fn content(path: &Path) -> std::io::Result<Kind> {
     })
 }
 
+/// Why the directory's files could not be looked at.
+pub fn unread(dir: &Path, error: &Error) -> Line {
+    let dir = dir.display();
+    let sentence = match error.kind() {
+        ErrorKind::NotFound => format!(
+            "{dir} does not exist; make it and install nomad-driver-exec2 in it, or set plugin_dir"
+        ),
+        ErrorKind::PermissionDenied => format!("{dir} cannot be read ({error}); try sudo"),
+        _ => format!("{dir} cannot be read ({error}); set plugin_dir"),
+    };
+    Line::error(NAME, sentence)
+}
+
 /// Judges the directory; `is_named` tells whether the agent's configuration has a block for a label.
 pub fn lines(dir: &Path, entries: &[Entry], is_named: impl Fn(&str) -> bool) -> Vec<Line> {
     let mut lines = Vec::new();
@@ -161,6 +174,7 @@ pub fn lines(dir: &Path, entries: &[Entry], is_named: impl Fn(&str) -> bool) -> 
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::report::Status;
+    use super::super::report::tests::told;
     use super::*;
 
     fn file(dir: &Path, name: &str, text: &str, mode: u32) {
@@ -209,9 +223,75 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_without_the_driver_is_an_error() {
-        let lines = lines(Path::new("/p"), &[], |_| true);
-        assert_eq!(lines.len(), 1);
-        assert!(lines[0].found.contains("/p holds no nomad-driver-exec2"));
+    fn each_kind_of_file_has_its_sentence() {
+        let of = |entries: &[(&str, Kind)]| {
+            let entries: Vec<Entry> = entries
+                .iter()
+                .map(|(name, kind)| Entry {
+                    path: Path::new("/p").join(name),
+                    kind: kind.clone(),
+                })
+                .collect();
+            told(&lines(Path::new("/p"), &entries, |label| label == "named"))
+        };
+        let gone = Kind::Dangling {
+            target: "/no/such".into(),
+        };
+        let unreadable = Kind::Unreadable("Permission denied (os error 13)".into());
+        assert_eq!(
+            of(&[
+                ("ours", Kind::Ours),
+                ("gone", gone),
+                ("named", Kind::NotExecutable),
+                ("notes.txt", Kind::NotExecutable),
+                ("theirs", Kind::Exec2),
+                ("other", Kind::Foreign),
+                ("secret", unreadable),
+            ]),
+            [
+                "ok plugin_dir: /p/ours is this driver",
+                "error plugin_dir: /p/gone is a link to /no/such, which is not there, so that the agent does not start; remove the link, or install what it names",
+                "error plugin_dir: /p/named is not executable, so that the agent passes it over; chmod 755 /p/named",
+                "warning plugin_dir: /p/notes.txt is not executable, and no plugin; keep it elsewhere",
+                "warning plugin_dir: /p/theirs offers exec2, too, or starts what does, and is not this driver; keep one of them, as Nomad takes the one with the higher version",
+                "warning plugin_dir: /p/other is in no plugin block, and an agent before Nomad 1.10 starts it all the same and fails if it is no plugin; keep nothing but plugins there",
+                "warning plugin_dir: /p/secret cannot be read (Permission denied (os error 13)); try sudo",
+            ]
+        );
+        assert_eq!(
+            of(&[
+                ("a", Kind::Ours),
+                ("b", Kind::Ours),
+                ("named", Kind::Foreign)
+            ]),
+            ["warning plugin_dir: /p/a and /p/b are all this driver; keep one of them"]
+        );
+        assert_eq!(
+            of(&[]),
+            [
+                "error plugin_dir: /p holds no nomad-driver-exec2; install -m 755 nomad-driver-exec2 /p/"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_read_is_an_error() {
+        for (error, sentence) in [
+            (
+                ErrorKind::NotFound,
+                "/p does not exist; make it and install nomad-driver-exec2 in it, or set plugin_dir",
+            ),
+            (
+                ErrorKind::PermissionDenied,
+                "/p cannot be read (permission denied); try sudo",
+            ),
+            (
+                ErrorKind::NotADirectory,
+                "/p cannot be read (not a directory); set plugin_dir",
+            ),
+        ] {
+            let line = unread(Path::new("/p"), &error.into());
+            assert_eq!(told(&[line]), [format!("error plugin_dir: {sentence}")]);
+        }
     }
 }

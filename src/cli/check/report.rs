@@ -105,8 +105,23 @@ pub fn text(lines: &[Line], colours: Colours) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
+
+    /// `status name: found; remedy` of each.
+    pub fn told(lines: &[Line]) -> Vec<String> {
+        let line = |line: &Line| {
+            let remedy = line.remedy.iter().map(|remedy| format!("; {remedy}"));
+            let remedy: String = remedy.collect();
+            format!(
+                "{} {}: {}{remedy}",
+                line.status.name(),
+                line.name,
+                line.found
+            )
+        };
+        lines.iter().map(line).collect()
+    }
 
     #[test]
     fn a_line_has_what_was_found_and_the_remedy() {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 
 use super::values::{assignment, mebibytes, volume};
 
@@ -19,7 +19,7 @@ pub struct Given {
     #[arg(long, value_name = "MODE:PATH")]
     pub(super) unveil: Vec<String>,
     /// User to run as, by name [default: the job's, or a dynamic one]
-    #[arg(long, value_name = "USER")]
+    #[arg(long, value_name = "USER", value_hint = ValueHint::Username)]
     pub user: Option<String>,
     /// Set a variable of the task's environment [repeatable]
     #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
@@ -61,7 +61,7 @@ impl Given {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "For a job file")]
 pub struct OfJob {
-    /// The task, as TASK or GROUP/TASK [default: the only main one; of check, all]
+    /// Only this task, as TASK or GROUP/TASK
     #[arg(long)]
     pub task: Option<String>,
     /// Give one of the file's variables a value, as `nomad job run -var` does [repeatable]
@@ -74,7 +74,7 @@ pub struct OfJob {
     #[arg(long, value_name = "NAME=VALUE", value_parser = assignment)]
     pub(super) meta: Vec<(String, String)>,
     /// Payload for a parameterized job
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(super) payload: Option<PathBuf>,
     /// Do without a block that needs a cluster, as in `artifact` [repeatable]
     #[arg(long, value_name = "BLOCK")]

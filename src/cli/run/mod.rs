@@ -13,7 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use thiserror::Error;
 
 pub use self::attend::Ending;
@@ -46,22 +46,22 @@ Examples:
   nomad-driver-exec2 run web.nomad.hcl
   nomad-driver-exec2 run --task front/web --var port=8080 --volume data=/srv/data shop.nomad.hcl
 
-Of a job file one task is run, once, with its user, environment, templates, resources and signals. What only a cluster gives
-is named with its line: as a warning where the task is the same without it, else as an error with what to do about it. A
-`port` without `static` is a free one of this host. `cores` are the first that no other task has reserved.
+Of a job file one task is run, its only main one or that of --task, once, with its user,
+environment, templates, resources and signals. What only a cluster gives is named with its line: as
+a warning where the task is the same without it, else as an error with what to do about it. A `port`
+without `static` is a free one of this host. `cores` are the first that no other task has reserved.
 
-The exit status is the command's, 128 + n if signal n ended it, and 125 if it could not be run at all. Standard input is
-/dev/null, as for a task. Ctrl-C stops the task as Nomad does: with the job's kill_signal or SIGINT, and with SIGKILL if it
-has not ended after kill_timeout or 5 seconds; a second Ctrl-C kills it at once."
+The exit status is the command's, 128 + n if signal n ended it, and 125 if it could not be run at
+all. Standard input is /dev/null, as for a task. Ctrl-C stops the task as Nomad does: with the job's
+kill_signal or SIGINT, and with SIGKILL if it has not ended after kill_timeout or 5 seconds; a
+second Ctrl-C kills it at once."
 )]
 pub struct Run {
-    #[command(flatten)]
-    given: Given,
-    #[command(flatten)]
-    learn: Learn,
+    // Before the options, whose headings hold for all that follows.
     /// The job file
     #[arg(
         value_name = "JOB.nomad.hcl",
+        value_hint = ValueHint::FilePath,
         conflicts_with = "command",
         required_unless_present = "command"
     )]
@@ -73,6 +73,10 @@ pub struct Run {
         conflicts_with_all = ["task", "var", "volume", "meta", "payload", "ignore"]
     )]
     command: Vec<String>,
+    #[command(flatten)]
+    given: Given,
+    #[command(flatten)]
+    learn: Learn,
 }
 
 #[derive(Debug, Error)]

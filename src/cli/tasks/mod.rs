@@ -1,5 +1,6 @@
 //! `tasks`: what runs on this host, and what is left over. Looks, and changes nothing.
 
+mod frame;
 mod survey;
 mod table;
 
@@ -8,11 +9,13 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use rustix::termios::tcgetwinsize;
 use thiserror::Error;
 
 use super::terminal::{MAX_SENTENCE_BYTES, Stops, colours, say};
 use crate::systemd::Systemd;
 use crate::text::one_line;
+use frame::Size;
 use survey::Survey;
 pub use survey::Task;
 pub use table::COLUMNS;
@@ -25,14 +28,16 @@ The states:
   frozen    the same, and stand still until `systemctl thaw UNIT`
   starting  its scope is there, its start not done yet
   ended     with an exit code or by a signal, and Nomad has not collected that yet
-  orphan    processes without a record, as of a start that nobody finished; `systemctl stop UNIT` ends them
-  leftover  a scope or a record without a process and without an end, as after a SIGKILL to the supervisor; Nomad's
-            next call about the task removes it; of a `run`, remove /run/nomad-driver-exec2/records/UNIT
+  orphan    processes without a record, as of a start that nobody finished; `systemctl stop UNIT`
+            ends them
+  leftover  a scope or a record without a process and without an end, as after a SIGKILL to the
+            supervisor; Nomad's next call about the task removes it; of a `run`, remove
+            /run/nomad-driver-exec2/records/UNIT
 
-AGE is the time since the start, or since the end of what has ended. MEMORY is what is used and the limit, CPU the time used
-so far and the limit in percent of one core, THROTTLED how many of the periods of that limit (100 ms) in which the task ran
-ended early because it was used up. OWNER is the Nomad node whose agent started the task, or `run`. What is not
-known is `-`.
+AGE is the time since the start, or since the end of what has ended. MEMORY is what is used and the
+limit, CPU the time used so far and the limit in percent of one core, THROTTLED how many of the
+periods of that limit (100 ms) in which the task ran ended early because it was used up. OWNER is
+the Nomad node whose agent started the task, or `run`. What is not known is `-`.
 
 Examples:
   nomad-driver-exec2 tasks
@@ -42,7 +47,7 @@ pub struct Tasks {
     /// Print an array of objects in one line, with null for what is not known or not limited
     #[arg(long)]
     json: bool,
-    /// Print again every so many seconds, until Ctrl-C
+    /// Print again every so many seconds, 2 if none are named, until Ctrl-C; a terminal is shown as much as fits
     #[arg(
         long,
         value_name = "SECONDS",
@@ -116,17 +121,16 @@ fn notes(survey: &Survey) -> impl Iterator<Item = &str> {
     survey.warning.as_deref().into_iter().chain(nothing)
 }
 
-/// Over what stands there, line by line, so that nothing flickers.
 fn redraw(survey: &Survey) -> io::Result<()> {
     let table = table::table(&survey.tasks, colours());
-    let mut frame = String::from("\x1b[H");
     let notes = notes(survey).map(|note| one_line(note, MAX_SENTENCE_BYTES));
-    for line in table.lines().map(str::to_owned).chain(notes) {
-        frame.push_str(&line);
-        frame.push_str("\x1b[K\n");
-    }
-    frame.push_str("\x1b[J");
     let mut stdout = io::stdout().lock();
+    let size = tcgetwinsize(&stdout)?;
+    let size = Size {
+        rows: size.ws_row.into(),
+        columns: size.ws_col.into(),
+    };
+    let frame = frame::frame(&table, &notes.collect::<Vec<_>>(), size);
     stdout.write_all(frame.as_bytes())?;
     stdout.flush()
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap_complete::aot::{Shell, generate};
 use clap_mangen::Man;
 use nomad_driver_exec2::cli;
@@ -40,12 +40,38 @@ pub fn pages(root: &Path) -> Result<BTreeMap<PathBuf, String>> {
         (Shell::Zsh, "zsh"),
         (Shell::Fish, "fish"),
     ] {
-        let mut text = Vec::new();
-        generate(shell, &mut cli::command(), NAME, &mut text);
+        let text = match shell {
+            Shell::Bash => bash()?,
+            shell => completion(shell, NAME)?,
+        };
         let path = Path::new("packaging/completion").join(format!("{NAME}.{extension}"));
-        files.insert(path, String::from_utf8(text)?);
+        files.insert(path, text);
     }
     Ok(files)
+}
+
+/// What clap_complete makes of the command line, for a command of that name.
+pub fn completion(shell: Shell, name: &str) -> Result<String> {
+    let mut text = Vec::new();
+    generate(shell, &mut cli::command(), name, &mut text);
+    Ok(String::from_utf8(text)?)
+}
+
+/// With a hyphen in the command's name, clap_complete 4.6 writes one name of a subcommand where it is found and another where its
+/// options are, so that none is ever offered.
+fn bash() -> Result<String> {
+    let plain = NAME.replace('-', "_");
+    let (from, to) = (
+        format!(" -o default {plain}\n"),
+        format!(" -o default {NAME}\n"),
+    );
+    let text = completion(Shell::Bash, &plain)?;
+    let count = text.matches(&from).count();
+    ensure!(
+        count == 2,
+        "clap_complete registers a bash completion in {count} lines, and not in two"
+    );
+    Ok(text.replace(&from, &to))
 }
 
 fn main_page(root: &Path) -> Result<String> {
