@@ -77,7 +77,7 @@ impl Drop for Installed {
 }
 
 /// Offline, as these guests are: what is not installed is not to be had.
-pub fn apt(deb: &Path) -> Result<()> {
+fn apt(deb: &Path) -> Result<()> {
     let deb = deb.to_str().context("a path")?;
     said("apt-get", &["-y", "--allow-downgrades", "install", deb])?;
     said("systemctl", &["daemon-reload"]).map(drop)

@@ -11,7 +11,7 @@ use harness::nomad::{Agent, Allocation, Config};
 
 use crate::case;
 use crate::nomad::{Job, Scope, said, to_end, until};
-use crate::packages::{DRIVER, Installed, LINK, NAME, NEXT, apt, as_version, installed};
+use crate::packages::{DRIVER, Installed, LINK, NAME, NEXT, as_version, installed};
 
 pub const CASES: &[Case] = &[
     case!(Speed, Ours, tasks_outlive_other_versions_of_the_deb),
@@ -23,30 +23,29 @@ pub const CASES: &[Case] = &[
 
 /// A package and how it comes and goes.
 trait Package {
-    /// The one under test, and a later version.
-    fn versions(&self) -> &[PathBuf; 2];
+    /// The one under test.
+    fn now(&self) -> Result<PathBuf>;
+    /// A later version of it.
+    fn next(&self) -> Result<PathBuf>;
     /// Installs, upgrades or downgrades.
     fn install(&self, package: &Path) -> Result<()>;
     fn installed(&self) -> Option<String>;
 }
 
-struct Deb([PathBuf; 2]);
+struct Deb<'a>(&'a Context);
 
-impl Deb {
-    fn new(context: &Context) -> Result<Deb> {
-        let now = context.package()?;
-        let next = as_version(&now, NEXT)?;
-        Ok(Deb([now, next]))
+impl Package for Deb<'_> {
+    fn now(&self) -> Result<PathBuf> {
+        self.0.package()
     }
-}
 
-impl Package for Deb {
-    fn versions(&self) -> &[PathBuf; 2] {
-        &self.0
+    fn next(&self) -> Result<PathBuf> {
+        as_version(&self.now()?, NEXT)
     }
 
     fn install(&self, package: &Path) -> Result<()> {
-        apt(package)
+        let package = package.to_str().context("a path")?;
+        said("dpkg", &["-i", package]).map(drop)
     }
 
     fn installed(&self) -> Option<String> {
@@ -54,39 +53,33 @@ impl Package for Deb {
     }
 }
 
-struct Rpm {
-    rpm: String,
-    versions: [PathBuf; 2],
-}
+struct Rpm<'a>(&'a Context);
 
-impl Rpm {
-    fn new(context: &Context) -> Result<Rpm> {
-        Ok(Rpm {
-            rpm: context.rpm("rpm")?.display().to_string(),
-            versions: [context.rpm("now.rpm")?, context.rpm("next.rpm")?],
-        })
-    }
-
-    fn erase(&self) -> Result<()> {
-        said(&self.rpm, &["-e", NAME]).map(drop)
+impl Rpm<'_> {
+    fn said(&self, words: &[&str]) -> Result<String> {
+        said(self.0.rpm("rpm")?.to_str().context("a path")?, words)
     }
 }
 
-impl Package for Rpm {
-    fn versions(&self) -> &[PathBuf; 2] {
-        &self.versions
+impl Package for Rpm<'_> {
+    fn now(&self) -> Result<PathBuf> {
+        self.0.rpm("now.rpm")
+    }
+
+    fn next(&self) -> Result<PathBuf> {
+        self.0.rpm("next.rpm")
     }
 
     fn install(&self, package: &Path) -> Result<()> {
         let package = package.to_str().context("a path")?;
         // What it requires is dpkg's here, of which rpm knows nothing.
         let words = ["-U", "--oldpackage", "--replacepkgs", "--nodeps", package];
-        said(&self.rpm, &words).map(drop)
+        self.said(&words).map(drop)
     }
 
     fn installed(&self) -> Option<String> {
         let format = "%{VERSION}-%{RELEASE}";
-        said(&self.rpm, &["-q", "--qf", format, NAME]).ok()
+        self.said(&["-q", "--qf", format, NAME]).ok()
     }
 }
 
@@ -132,14 +125,14 @@ async fn executable(agent: &Agent) -> Result<String> {
 }
 
 fn tasks_outlive_other_versions(context: &Context, package: &dyn Package) -> Result<()> {
-    let [now, next] = package.versions();
+    let (now, next) = (package.now()?, package.next()?);
     let _installed = Installed::new()?;
-    package.install(now)?;
+    package.install(&now)?;
     let first = package.installed().context("a version")?;
     ensure!(first != NEXT);
     context.block_on(async {
         let agent = Agent::start(LINK, Config::default()).await?;
-        for (file, version) in [(next, NEXT), (now, first.as_str())] {
+        for (file, version) in [(&next, NEXT), (&now, first.as_str())] {
             let before = Running::start(&agent).await?;
             package.install(file)?;
             ensure!(package.installed().as_deref() == Some(version));
@@ -167,9 +160,9 @@ fn tasks_outlive_its_end(
     package: &dyn Package,
     remove: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
-    let [now, _] = package.versions();
+    let now = package.now()?;
     let _installed = Installed::new()?;
-    package.install(now)?;
+    package.install(&now)?;
     context.block_on(async {
         let agent = Agent::start(LINK, Config::default()).await?;
         let (stays, ends) = (Running::start(&agent).await?, Running::start(&agent).await?);
@@ -191,7 +184,7 @@ fn tasks_outlive_its_end(
         let empty = || (!ends.scope.dir.exists()).then_some(());
         until("the scope is empty", empty).await?;
 
-        package.install(now)?;
+        package.install(&now)?;
         let lost = agent.restart().await?;
         ensure!(lost.is_empty(), "{lost:?}");
         ends.expect_7().await?;
@@ -203,26 +196,26 @@ fn tasks_outlive_its_end(
 }
 
 fn tasks_outlive_other_versions_of_the_deb(context: &Context) -> Result<()> {
-    tasks_outlive_other_versions(context, &Deb::new(context)?)
+    tasks_outlive_other_versions(context, &Deb(context))
 }
 
 fn tasks_outlive_other_versions_of_the_rpm(context: &Context) -> Result<()> {
-    tasks_outlive_other_versions(context, &Rpm::new(context)?)
+    tasks_outlive_other_versions(context, &Rpm(context))
 }
 
 fn tasks_outlive_a_removal_of_the_deb(context: &Context) -> Result<()> {
-    tasks_outlive_its_end(context, &Deb::new(context)?, || {
-        said("apt-get", &["-y", "remove", NAME]).map(drop)
+    tasks_outlive_its_end(context, &Deb(context), || {
+        said("dpkg", &["--remove", NAME]).map(drop)
     })
 }
 
 fn tasks_outlive_a_purge_of_the_deb(context: &Context) -> Result<()> {
-    tasks_outlive_its_end(context, &Deb::new(context)?, || {
-        said("apt-get", &["-y", "purge", NAME]).map(drop)
+    tasks_outlive_its_end(context, &Deb(context), || {
+        said("dpkg", &["--purge", NAME]).map(drop)
     })
 }
 
 fn tasks_outlive_a_removal_of_the_rpm(context: &Context) -> Result<()> {
-    let rpm = Rpm::new(context)?;
-    tasks_outlive_its_end(context, &rpm, || rpm.erase())
+    let rpm = Rpm(context);
+    tasks_outlive_its_end(context, &rpm, || rpm.said(&["-e", NAME]).map(drop))
 }
