@@ -12,6 +12,9 @@ install -D -m 755 "$binary" "$destdir/usr/bin/nomad-driver-exec2"
 # data_dir of HashiCorp's Nomad package; the link's name is the label of the plugin block.
 mkdir -p "$destdir/opt/nomad/data/plugins"
 ln -s /usr/bin/nomad-driver-exec2 "$destdir/opt/nomad/data/plugins/nomad-driver-exec2"
+# As `run` makes them, traversable and listed to root alone. Packaged, they go with the package.
+run=$destdir/var/lib/nomad-driver-exec2
+install -d -m 711 "$run" "$run/run" "$run/run/alloc" "$run/run/alloc_mounts"
 for slice in "$source"/packaging/systemd/*.slice; do
 	install -D -m 644 -t "$destdir/usr/lib/systemd/system" "$slice"
 done

@@ -45,6 +45,7 @@ mod takeover;
 mod tasks;
 mod transcripts;
 mod truth;
+mod upgrades;
 mod versions;
 mod view;
 
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         examples::CASES,
         programs::CASES,
         packages::CASES,
+        upgrades::CASES,
         bad_input::CASES,
         hostile::CASES,
         attacks::CASES,

@@ -1,6 +1,5 @@
 //! The Debian package as an operator meets it: installed by apt, upgraded, downgraded and removed under running tasks of a real agent.
-//! Of the .rpm tests/package.rs shows that rpm installs, upgrades and removes it; that a host of Fedora or EL runs the driver as well
-//! is shown by nothing here, as no such guest is made of Debian's packages.
+//! What both packages do to running tasks is in `upgrades`, with our own client as the agent.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,40 +20,45 @@ pub const CASES: &[Case] = &[
     case!(
         ProgramLimits,
         Agent,
-        an_upgrade_and_a_downgrade_leave_tasks_running,
+        what_the_readme_says_installs_it_and_upgrades_it_under_a_task,
         Minutes
     ),
     case!(
         ProgramLimits,
         Agent,
-        a_removal_leaves_tasks_running,
+        a_downgrade_and_a_removal_leave_tasks_running,
         Minutes
     ),
 ];
 
-const NAME: &str = "nomad-driver-exec2-systemd";
+pub const NAME: &str = "nomad-driver-exec2-systemd";
+/// Of the `rpm` that guests are given.
+const RPM_DB: &str = "/var/tmp/rpmdb";
 const THEIRS: &str = "nomad-driver-exec2";
-const DRIVER: &str = "/usr/bin/nomad-driver-exec2";
+pub const DRIVER: &str = "/usr/bin/nomad-driver-exec2";
 const DATA: &str = "/opt/nomad/data";
-const LINK: &str = "/opt/nomad/data/plugins/nomad-driver-exec2";
+pub const LINK: &str = "/opt/nomad/data/plugins/nomad-driver-exec2";
 const EXAMPLE: &str = "/usr/share/doc/nomad-driver-exec2-systemd/examples/nomad-driver-exec2.hcl";
-const ENV: &str = include_str!("../nomad/env.nomad.hcl");
+const README: &str = include_str!("../../README.md");
+/// Higher than any of ours.
+pub const NEXT: &str = "99.0.0-1";
 
-/// What a case has installed goes with it, however it ends: the slices would be those of all later cases.
-struct Installed;
+/// What a case installs goes with it, however it ends: the slices would be those of all later cases.
+pub struct Installed;
 
 impl Installed {
-    fn new(deb: &Path) -> Result<Installed> {
-        let installed = Installed;
-        apt(deb)?;
-        said("systemctl", &["daemon-reload"])?;
-        Ok(installed)
+    /// Before anything is.
+    pub fn new() -> Result<Installed> {
+        ensure!(!Path::new(DRIVER).exists(), "{DRIVER} is there already");
+        Ok(Installed)
     }
 }
 
 impl Drop for Installed {
     fn drop(&mut self) {
         let _ = said("dpkg", &["--purge", NAME, THEIRS]);
+        let _ = said("/payload/rpm/rpm", &["-e", NAME]);
+        let _ = fs::remove_dir_all(RPM_DB);
         let _ = said("systemctl", &["daemon-reload"]);
         // Nomad's own, of allocations that it has not cleared up when its agent stops.
         for mount in fs::read_to_string("/proc/mounts")
@@ -75,17 +79,18 @@ impl Drop for Installed {
 /// Offline, as these guests are: what is not installed is not to be had.
 fn apt(deb: &Path) -> Result<()> {
     let deb = deb.to_str().context("a path")?;
-    said("apt-get", &["-y", "--allow-downgrades", "install", deb]).map(drop)
+    said("apt-get", &["-y", "--allow-downgrades", "install", deb])?;
+    said("systemctl", &["daemon-reload"]).map(drop)
 }
 
-fn installed(package: &str) -> Option<String> {
+pub fn installed(package: &str) -> Option<String> {
     let format = "-f${Version} ${db:Status-Status}";
     let answer = said("dpkg-query", &["-W", format, package]).ok()?;
     Some(answer.strip_suffix(" installed")?.to_owned())
 }
 
 /// The same files as another version.
-fn as_version(deb: &Path, version: &str) -> Result<PathBuf> {
+pub fn as_version(deb: &Path, version: &str) -> Result<PathBuf> {
     let tree = tempfile::tempdir()?;
     let made = PathBuf::from(format!("/var/tmp/{NAME}_{version}.deb"));
     let script = format!(
@@ -99,7 +104,8 @@ fn as_version(deb: &Path, version: &str) -> Result<PathBuf> {
 }
 
 fn apt_installs_it_with_what_a_host_has(context: &Context) -> Result<()> {
-    let package = Installed::new(&context.package()?)?;
+    let package = Installed::new()?;
+    apt(&context.package()?)?;
     ensure!(fs::read_link(LINK)? == Path::new(DRIVER));
     let ran = said(
         "nomad-driver-exec2",
@@ -126,7 +132,9 @@ fn apt_installs_it_with_what_a_host_has(context: &Context) -> Result<()> {
             .all(|line| line.contains(" static"))
     );
     drop(package);
-    ensure!(!Path::new("/opt/nomad").exists() && !Path::new(DRIVER).exists());
+    for gone in ["/opt/nomad", DRIVER, "/var/lib/nomad-driver-exec2"] {
+        ensure!(!Path::new(gone).exists(), "{gone} is left");
+    }
     Ok(())
 }
 
@@ -147,7 +155,7 @@ fn theirs() -> Result<PathBuf> {
 
 fn apt_swaps_it_with_hashicorps_package(context: &Context) -> Result<()> {
     let (ours, theirs) = (context.package()?, theirs()?);
-    let _package = Installed;
+    let _package = Installed::new()?;
     for (deb, there, gone) in [
         (&theirs, THEIRS, NAME),
         (&ours, NAME, THEIRS),
@@ -172,7 +180,8 @@ fn apt_swaps_it_with_hashicorps_package(context: &Context) -> Result<()> {
 }
 
 fn a_drop_in_of_its_slice_holds_for_running_tasks(context: &Context) -> Result<()> {
-    let _package = Installed::new(&context.package()?)?;
+    let _package = Installed::new()?;
+    apt(&context.package()?)?;
     let drop_in = Path::new("/etc/systemd/system/exec2.slice.d/50-operator.conf");
     let done = context.block_on(async {
         let agent = Agent::start(Path::new(DRIVER), Config::default()).await?;
@@ -219,14 +228,20 @@ fn a_drop_in_of_its_slice_holds_for_running_tasks(context: &Context) -> Result<(
     done
 }
 
-/// The agent of HashiCorp's package, as far as plugins go: that data_dir, no plugin_dir, and the plugin block of the examples.
-async fn agent(context: &Context) -> Result<RealAgent> {
-    let example: hcl::Body = hcl::from_str(&fs::read_to_string(EXAMPLE)?)?;
-    let plugin = example.blocks().next().context("a plugin block")?;
-    let config = plugin.body.blocks().next().context("its config")?;
+/// A block of HCL that README.md shows, by how it begins.
+fn of_readme(begin: &str) -> Result<&'static str> {
+    let fences = README.split("\n```hcl\n").skip(1);
+    let mut found = fences.filter(|fence| fence.starts_with(begin));
+    let fence = found.next().with_context(|| format!("no {begin}"))?;
+    let (block, _) = fence.split_once("```").context("its end")?;
+    Ok(block)
+}
+
+/// The agent of HashiCorp's package, as far as plugins go: that data_dir and its own plugin_dir.
+async fn agent(context: &Context, plugin_block: &str) -> Result<RealAgent> {
     RealAgent::start(RealConfig {
         data_dir: Some(DATA.into()),
-        plugin_config: hcl::format::to_string(&config.body)?,
+        plugin_block: Some(plugin_block.to_owned()),
         total_compute_mhz: Some(2_000),
         ..RealConfig::new(context.agent(), context.driver())
     })
@@ -295,51 +310,60 @@ fn plugin() -> Result<String> {
     Ok(found.remove(0))
 }
 
-fn an_upgrade_and_a_downgrade_leave_tasks_running(context: &Context) -> Result<()> {
+fn what_the_readme_says_installs_it_and_upgrades_it_under_a_task(context: &Context) -> Result<()> {
     let deb = context.package()?;
-    let next = as_version(&deb, "99.0.0-1")?;
-    let _package = Installed::new(&deb)?;
-    let first = installed(NAME).context("a version")?;
+    let next = as_version(&deb, NEXT)?;
+    let _package = Installed::new()?;
+    apt(&deb)?;
     context.block_on(async {
-        let mut agent = agent(context).await?;
-        let (id, state) = to_end(&agent, ENV).await?;
+        // `systemctl start nomad`.
+        let mut agent = agent(context, of_readme("plugin ")?).await?;
+        let (id, scope) = started(&agent, "upgrade").await?;
+        let main = scope.main()?;
+        let (env, state) = to_end(&agent, of_readme("job \"env\"")?).await?;
         ensure!(
             state == "complete",
             "{:?}",
-            messages(&agent, &id, "env").await?
+            messages(&agent, &env, "env").await?
         );
-        for (name, deb, version) in [
-            ("upgrade", &next, "99.0.0-1"),
-            ("downgrade", &deb, first.as_str()),
-        ] {
-            let (id, scope) = started(&agent, name).await?;
-            let main = scope.main()?;
-            apt(deb)?;
-            ensure!(installed(NAME).as_deref() == Some(version));
-            ensure!(scope.main()? == main, "after the {name}");
-            // The agent goes on with the plugin that it has, whose file is another by now.
-            ensure!(plugin()?.ends_with(" (deleted)"), "{}", plugin()?);
-            runs_another(&agent, &format!("{name}-before")).await?;
-            agent.restart().await?;
-            ensure!(plugin()? == DRIVER, "{}", plugin()?);
-            ensure!(
-                scope.main()? == main,
-                "after the {name} and a restart of the agent"
-            );
-            runs_another(&agent, &format!("{name}-after")).await?;
-            ends_with_7(&agent, &id).await?;
-            until("the scope is gone", || scope.expect_gone().ok()).await?;
-        }
+        let printed = agent.logs(&env, "env", "stdout").await?;
+        ensure!(printed.contains("NOMAD_TASK_NAME=env\n"), "{printed}");
+
+        apt(&next)?;
+        ensure!(installed(NAME).as_deref() == Some(NEXT));
+        // The agent goes on with the plugin that it has, whose file is another by now.
+        ensure!(plugin()?.ends_with(" (deleted)"), "{}", plugin()?);
+        ensure!(scope.main()? == main, "after the upgrade");
+        agent.restart().await?;
+        ensure!(plugin()? == DRIVER, "{}", plugin()?);
+        ensure!(scope.main()? == main, "after the restart of the agent");
+        ends_with_7(&agent, &id).await?;
+        until("the scope is gone", || scope.expect_gone().ok()).await?;
         agent.collect().await?;
         agent.finish().await
     })
 }
 
-fn a_removal_leaves_tasks_running(context: &Context) -> Result<()> {
+fn a_downgrade_and_a_removal_leave_tasks_running(context: &Context) -> Result<()> {
     let deb = context.package()?;
-    let _package = Installed::new(&deb)?;
+    let _package = Installed::new()?;
+    apt(&as_version(&deb, NEXT)?)?;
     context.block_on(async {
-        let mut agent = agent(context).await?;
+        let mut agent = agent(context, &fs::read_to_string(EXAMPLE)?).await?;
+        let (id, scope) = started(&agent, "downgrade").await?;
+        let main = scope.main()?;
+        apt(&deb)?;
+        ensure!(installed(NAME).is_some_and(|version| version != NEXT));
+        ensure!(scope.main()? == main, "after the downgrade");
+        ensure!(plugin()?.ends_with(" (deleted)"), "{}", plugin()?);
+        runs_another(&agent, "downgraded-before").await?;
+        agent.restart().await?;
+        ensure!(plugin()? == DRIVER, "{}", plugin()?);
+        ensure!(scope.main()? == main, "after the restart of the agent");
+        runs_another(&agent, "downgraded-after").await?;
+        ends_with_7(&agent, &id).await?;
+        until("the scope is gone", || scope.expect_gone().ok()).await?;
+
         let (id, scope) = started(&agent, "removal").await?;
         let main = scope.main()?;
         said("apt-get", &["-y", "purge", NAME])?;

@@ -54,6 +54,39 @@ fn rpm_files() -> BTreeSet<String> {
     files.map(str::to_owned).collect()
 }
 
+/// Mode and path of the directories that are the package's own, and of those that a removal takes with it if they are empty.
+const DIRECTORIES: &[(&str, &str)] = &[
+    ("drwxr-xr-x", "/opt/nomad"),
+    ("drwxr-xr-x", "/opt/nomad/data"),
+    ("drwxr-xr-x", "/opt/nomad/data/plugins"),
+    ("drwx--x--x", "/var/lib/nomad-driver-exec2"),
+    ("drwx--x--x", "/var/lib/nomad-driver-exec2/run"),
+    ("drwx--x--x", "/var/lib/nomad-driver-exec2/run/alloc"),
+    ("drwx--x--x", "/var/lib/nomad-driver-exec2/run/alloc_mounts"),
+];
+
+#[test]
+fn each_knows_the_directories_that_go_with_it() {
+    let deb = said(
+        Command::new("dpkg-deb")
+            .arg("-c")
+            .arg(Packages::built().deb()),
+    );
+    let rpm = rpm(&["--qf", "[%{FILEMODES:perms} %{FILENAMES}\n]"]);
+    for list in [deb, rpm] {
+        let lines = list.lines().filter(|line| line.starts_with('d'));
+        let found: Vec<_> = lines
+            .map(|line| {
+                let path = line.rsplit(' ').next().unwrap();
+                let path = path.trim_start_matches('.').trim_end_matches('/');
+                (line.split(' ').next().unwrap(), path)
+            })
+            .filter(|(_, path)| path.starts_with("/opt/") || path.starts_with("/var/lib/"))
+            .collect();
+        assert_eq!(found, DIRECTORIES);
+    }
+}
+
 /// The executable as it is shipped.
 fn executable(dir: &tempfile::TempDir) -> PathBuf {
     said(

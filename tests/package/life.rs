@@ -17,6 +17,7 @@ macro_rules! on_both {
 on_both! {
     it_comes_and_goes_and_nomads_directory_stays_as_it_was
     on_a_host_without_nomad_nothing_of_it_stays
+    what_others_put_beside_it_stays
     it_takes_the_place_of_hashicorps_package_for_good
     hashicorps_package_comes_back
     a_link_to_elsewhere_becomes_ours
@@ -38,6 +39,7 @@ fn it_comes_and_goes_and_nomads_directory_stays_as_it_was(kind: Kind) {
         assert_eq!(machine.installed(NAME), Some(format!("{version}-1")));
         machine.expect_link();
         machine.expect_data_dir();
+        assert_eq!(machine.changed(NAME), "");
     }
     machine.remove(NAME);
     for gone in [LINK, DRIVER, "/usr/lib/systemd/system/exec2.slice"] {
@@ -54,13 +56,41 @@ fn it_comes_and_goes_and_nomads_directory_stays_as_it_was(kind: Kind) {
 
 fn on_a_host_without_nomad_nothing_of_it_stays(kind: Kind) {
     let machine = Machine::new(kind);
-    machine.install(&Packages::built());
-    machine.expect_link();
+    for packages in [&Packages::built(), Packages::next()] {
+        machine.install(packages);
+        machine.expect_link();
+    }
     machine.remove(NAME);
     machine.purge(NAME);
+    assert!(!machine.path("/opt/nomad").exists());
     let left =
         machine.sh("find /etc /opt /usr /var -xdev -name '*driver-exec2*' -o -name 'exec2*.slice'");
     assert_eq!(String::from_utf8_lossy(&left.stdout), "");
+}
+
+/// An operator's other plugin, and what a killed `run` leaves.
+fn what_others_put_beside_it_stays(kind: Kind) {
+    let machine = Machine::new(kind);
+    let others = [
+        "/opt/nomad/data/plugins/another-driver",
+        "/var/lib/nomad-driver-exec2/run/alloc/left",
+    ];
+    machine.install(&Packages::built());
+    for path in others {
+        fs::write(machine.path(path), "another's").unwrap();
+    }
+    machine.install(Packages::next());
+    machine.remove(NAME);
+    machine.purge(NAME);
+    assert_eq!(machine.link(), None);
+    for path in others {
+        assert!(machine.path(path).exists(), "{path}");
+    }
+    assert!(
+        !machine
+            .path("/var/lib/nomad-driver-exec2/run/alloc_mounts")
+            .exists()
+    );
 }
 
 fn it_takes_the_place_of_hashicorps_package_for_good(kind: Kind) {

@@ -153,6 +153,15 @@ impl Machine {
         output.status.success().then(|| version.to_owned())
     }
 
+    /// What the package manager finds changed of a package's files.
+    pub fn changed(&self, package: &str) -> String {
+        let output = self.sh(&match self.kind {
+            Kind::Deb => format!("dpkg --verify {package}"),
+            Kind::Rpm => format!("{RPM} -V {package}"),
+        });
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    }
+
     /// Where the plugin link leads to.
     pub fn link(&self) -> Option<PathBuf> {
         fs::read_link(self.path(LINK)).ok()

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
-use super::payload::PACKAGES;
+use super::payload::{PACKAGES, RPM};
 use super::release::RELEASES;
 use super::{GuestName, Kind, PAYLOAD_DIR};
 
@@ -215,6 +215,13 @@ impl Context {
         let mut paths = files.map(|file| file.path());
         let found = paths.find(|path| !path.to_string_lossy().contains("-dbgsym_"));
         found.context("there is no package among the files under test: `make packages` comes first")
+    }
+
+    /// Where `rpm` is, and the .rpm under test as `now.rpm` and, of a later version, `next.rpm`.
+    pub fn rpm(&self, name: &str) -> Result<PathBuf> {
+        let path = self.payload(RPM).join(name);
+        let found = path.exists().then_some(path);
+        found.context("there is no .rpm among the files under test: `make packages` comes first")
     }
 
     pub fn payload(&self, name: &str) -> PathBuf {

@@ -22,6 +22,12 @@ pub const SMALL_DISK: &str = "small.ext4";
 /// The directory in a payload with what `make packages` has built.
 pub const PACKAGES: &str = "packages";
 
+/// The directory in a payload with an `rpm` that runs in any guest, and the .rpm in two versions.
+pub const RPM: &str = "rpm";
+
+/// Fills it.
+const MAKE_RPM: &str = include_str!("rpm.sh");
+
 #[derive(Debug)]
 pub struct Payload {
     run: RunDir,
@@ -60,14 +66,22 @@ impl Payload {
     pub fn with_packages(self, built: &Path) -> Result<Payload> {
         let dir = self.dir().join(PACKAGES);
         fs::create_dir(&dir)?;
+        let mut has_rpm = false;
         for entry in fs::read_dir(built).into_iter().flatten() {
             let path = entry?.path();
+            has_rpm |= path.extension() == Some("rpm".as_ref());
             if let Some(name) = path
                 .file_name()
                 .filter(|_| path.extension() == Some("deb".as_ref()))
             {
                 fs::copy(&path, dir.join(name))?;
             }
+        }
+        if has_rpm {
+            let mut command = Command::new("sh");
+            command.args(["-c", MAKE_RPM, "rpm.sh"]);
+            command.arg(built).arg(self.dir().join(RPM));
+            child::succeed(&mut command, Duration::from_secs(120))?;
         }
         Ok(self)
     }

@@ -125,10 +125,8 @@ impl Agent {
         )?;
         let cgroups = Cgroups::new(&config.reserved_cores);
         let shared = Arc::new(Shared {
-            binary: binary
-                .as_ref()
-                .canonicalize()
-                .with_context(|| binary.as_ref().display().to_string())?,
+            // By the name in plugin_dir, as Nomad: a link leads elsewhere after an upgrade.
+            binary: std::path::absolute(binary)?,
             config,
             data,
             violations: Violations::default(),

@@ -37,6 +37,8 @@ pub struct RealConfig {
     pub plugin: PathBuf,
     /// Nomad's data_dir, with a plugin in the default plugin_dir, in place of directories of this agent's own with a copy of `plugin`.
     pub data_dir: Option<PathBuf>,
+    /// The whole plugin block, as somebody wrote it, in place of the one with the next two.
+    pub plugin_block: Option<String>,
     /// What stands in the plugin block's `config`.
     pub plugin_config: String,
     /// The plugin block's `args`.
@@ -61,6 +63,7 @@ impl RealConfig {
             nomad: nomad.into(),
             plugin: plugin.into(),
             data_dir: None,
+            plugin_block: None,
             plugin_config: String::new(),
             plugin_args: Vec::new(),
             start: Start::Service("nomad".into()),

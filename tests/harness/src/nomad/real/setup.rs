@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::RealConfig;
@@ -30,7 +30,11 @@ pub(super) fn agent_hcl(config: &RealConfig, data: &Path) -> Result<String> {
         Some(address) => ("", consul_block(*address)),
         None => ("consul,", String::new()),
     };
-    let filled = TEMPLATE
+    let template = match &config.plugin_block {
+        Some(block) => with_block(block)?,
+        None => TEMPLATE.to_owned(),
+    };
+    let filled = template
         .replace("@DATA@", &data.to_string_lossy())
         .replace("@PLUGINS@", &plugins.to_string_lossy())
         .replace("@HTTP@", &config.port.to_string())
@@ -44,6 +48,13 @@ pub(super) fn agent_hcl(config: &RealConfig, data: &Path) -> Result<String> {
         .replace("@ARGS@", &args.join(", "))
         .replace("@PLUGIN@", &config.plugin_config);
     Ok(filled)
+}
+
+/// The template with another plugin block.
+fn with_block(block: &str) -> Result<String> {
+    let (before, rest) = TEMPLATE.split_once("\nplugin ").context("a block")?;
+    let (_, after) = rest.split_once("\n}\n").context("its end")?;
+    Ok(format!("{before}\n{block}\n{after}"))
 }
 
 /// For the services of jobs alone: the agent neither looks for servers there nor registers itself.
@@ -105,6 +116,22 @@ mod tests {
         assert!(text.contains("address = \"127.0.0.1:8500\""), "{text}");
         assert!(!text.contains("digitalocean,consul"), "{text}");
         let _: hcl::Body = hcl::from_str(&text)?;
+        Ok(())
+    }
+
+    #[test]
+    fn a_plugin_block_of_somebodys_own_is_the_only_one() -> Result<()> {
+        let block = "plugin \"nomad-driver-exec2\" {\n  config {}\n}\n";
+        let config = RealConfig {
+            plugin_block: Some(block.into()),
+            ..RealConfig::new("/usr/bin/nomad", "/usr/lib/plugin")
+        };
+        let text = agent_hcl(&config, Path::new("/opt/n"))?;
+        assert!(text.contains(block), "{text}");
+        let body: hcl::Body = hcl::from_str(&text)?;
+        let names: Vec<_> = body.blocks().map(|block| block.identifier()).collect();
+        assert_eq!(names.iter().filter(|name| **name == "plugin").count(), 1);
+        assert_eq!(names.last(), Some(&"ui"));
         Ok(())
     }
 }
