@@ -194,10 +194,7 @@ impl Limits {
                 "pids.max" => "pids_max",
                 _ => "the job",
             };
-            format!(
-                "{file} is {found}, {whose} asks for {}",
-                shown(asked, unit)
-            )
+            format!("{file} is {found}, {whose} asks for {}", shown(asked, unit))
         };
         different
             .map(sentence)

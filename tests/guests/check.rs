@@ -615,7 +615,9 @@ async fn compare_task(
             ensure!(tried.contains(&(kind, is_open)), "{kind}: {tried:?}");
         }
     }
-    ensure!(tried.contains(&("exec", true)) && tried.contains(&("make", true)));
+    for kind in ["exec", "create", "create and exec"] {
+        ensure!(tried.contains(&(kind, true)), "{kind}: {tried:?}");
+    }
 
     let environ = fs::read(format!("/proc/{main}/environ"))?;
     let environ = String::from_utf8_lossy(&environ).into_owned();
@@ -655,9 +657,12 @@ async fn agent(context: &Context) -> Result<Agent> {
 fn compare_all(context: &Context, jobs: &[&str]) -> Result<()> {
     context.block_on(async {
         let agent = agent(context).await?;
+        let mut wrong = Vec::new();
         for job in jobs {
-            compare(context, &agent, job).await?;
+            let compared = compare(context, &agent, job).await;
+            wrong.extend(compared.err().map(|error| format!("{error:#}")));
         }
+        ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
         agent.finish().await
     })
 }
@@ -711,8 +716,15 @@ fn what_it_tells_of_a_job_is_what_the_kernel_shows(context: &Context) -> Result<
     let read_only = VOLUMES.replace("destination =", "read_only = true\ndestination =");
     ensure!(read_only != VOLUMES);
     let jobs = [ENV, EXIT7, SECRET, VOLUMES, &read_only].map(held);
-    let of_each_mode = [of_each_mode(&modes, "root")?, of_each_mode(&modes, "nobody")?];
-    let mut all: Vec<&str> = jobs.iter().chain(&of_each_mode).map(String::as_str).collect();
+    let of_each_mode = [
+        of_each_mode(&modes, "root")?,
+        of_each_mode(&modes, "nobody")?,
+    ];
+    let mut all: Vec<&str> = jobs
+        .iter()
+        .chain(&of_each_mode)
+        .map(String::as_str)
+        .collect();
     all.extend([SERVICE, SIDECAR, BRIDGE]);
     let root = held(EXIT7).replace("driver = \"exec2\"", "driver = \"exec2\"\nuser = \"root\"");
     let root = root.replace(
