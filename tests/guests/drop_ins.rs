@@ -201,8 +201,9 @@ fn a_drop_in_for_the_scopes_of_a_name_wins_and_is_told(context: &Context) -> Res
             };
             let wanted = (MAX_BYTES.to_string(), "99".to_owned());
             ensure!(in_force(&scope)? == wanted, "{:?}", in_force(&scope)?);
-            // It runs already, and has it after the reload as the new ones have it from the start, or keeps the job's.
-            context.note(format!("that ran before: {:?}", in_force(&before_scope)?));
+            // It ran before the reload.
+            let of_older = in_force(&before_scope)?;
+            context.note(format!("of one that ran before: {of_older:?}"));
             for sentence in [
                 "memory.max is 50331648 bytes, the job asks for 134217728 bytes",
                 "pids.max is 99 processes and threads, pids_max asks for 16384 processes and threads",
