@@ -25,7 +25,8 @@ pub const CASES: &[Case] = &[
     case!(
         Everywhere,
         Ours,
-        a_drop_in_for_the_scopes_of_a_name_wins_and_is_told
+        a_drop_in_for_the_scopes_of_a_name_wins_and_is_told,
+        Long
     ),
     case!(Speed, Ours, systemctl_help_of_a_scope_opens_the_manual),
 ];
