@@ -38,7 +38,12 @@ pub const CASES: &[Case] = &[
     ),
     case!(Speed, Ours, what_it_tells_of_a_job_is_what_the_kernel_shows),
     case!(Speed, Ours, every_path_that_it_tells_of_opens_in_the_task),
-    case!(Limits, Ours, the_limits_that_it_tells_of_are_the_kernels),
+    case!(
+        Limits,
+        Ours,
+        the_limits_that_it_tells_of_are_the_kernels,
+        Long
+    ),
     case!(Programs, Ours, it_tells_of_programs_what_the_kernel_shows),
     case!(
         ProgramLimits,
