@@ -214,7 +214,12 @@ impl Cgroup {
 
     /// The hard limit in force; `Some(None)` is no limit, `None` is no such file.
     pub fn memory_max_bytes(&self) -> Option<Option<u64>> {
-        let text = self.read("memory.max").ok()?;
+        self.limit("memory.max")
+    }
+
+    /// What a file with one number limits, likewise.
+    pub fn limit(&self, file: &str) -> Option<Option<u64>> {
+        let text = self.read(file).ok()?;
         Some(text.trim().parse().ok())
     }
 

@@ -2,15 +2,19 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use nomad_driver_exec2::cli::tasks;
 use nomad_driver_exec2::config::schema;
+use nomad_driver_exec2::plan::limits::{Cpus, Limits};
 use nomad_driver_exec2::plan::session::SessionStep;
 use nomad_driver_exec2::plan::steps::Step;
 use nomad_driver_exec2::plan::unveil;
+use nomad_driver_exec2::systemd;
 use nomad_driver_exec2::task::StopStep;
+use nomad_driver_exec2::text::UnitText;
 
 /// A room, the rooms of ours it may use, and the crates it may use beside std.
 struct Room {
@@ -405,6 +409,42 @@ fn the_readme_explains_every_column_and_key_of_tasks() {
             "README.md does not explain {key}"
         );
     }
+}
+
+/// Neither more nor less, but for what systemd gives to every unit.
+#[test]
+fn readme_and_man_page_explain_the_properties_that_systemd_is_asked_for() {
+    let limits = Limits {
+        cpu_quota_usec_per_sec: 1,
+        memory_max_bytes: None,
+        memory_low_bytes: 0,
+        tasks_max: 1,
+        allowed_cpus: Some(Cpus::from([0])),
+    };
+    let description = UnitText::new("d");
+    let settings = systemd::settings(&description, "s", Some("nomad.service"), &limits);
+    let mut asked: BTreeSet<&str> = settings.into_iter().map(|(name, _)| name).collect();
+    asked.insert("InvocationID");
+
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, table) = readme
+        .split_once("| property | |\n|---|---|\n")
+        .expect("the table");
+    let rows = table.lines().take_while(|line| line.starts_with('|'));
+    let names = rows.flat_map(|row| row.split('|').nth(1).unwrap().split_whitespace());
+    let explained: BTreeSet<&str> = names.map(|name| name.trim_matches('`')).collect();
+    assert_eq!(explained, asked, "README.md");
+
+    let page = root().join("packaging/man/nomad-driver-exec2.8.in");
+    let page = fs::read_to_string(page).unwrap();
+    let (_, list) = page
+        .split_once(".B systemctl show\n.I UNIT\nhas")
+        .expect("the list");
+    let (list, _) = list.split_once("\n.PP\n").expect("its end");
+    let names = list.split(".TP\n.B ").skip(1);
+    let names = names.flat_map(|item| item.lines().next().unwrap().split(", "));
+    let explained: BTreeSet<&str> = names.collect();
+    assert_eq!(explained, asked, "the man page");
 }
 
 /// What a block says, without the attempts that an example leaves to Nomad's defaults for brevity.

@@ -136,19 +136,25 @@ impl Limits {
         files
     }
 
-    /// Where what is in force (a file's number, no limit, or no such file) is not what was asked for, as sentences.
+    /// Where what is in force (a file's number, no limit, or no such file) is not what was asked for, as sentences. `limit` tells
+    /// it of a file with one number.
     pub fn differences(
         &self,
-        memory_max_bytes: InForce,
+        limit: impl Fn(&str) -> InForce,
         cpu_quota_usec_per_sec: InForce,
         effective_cpus: Option<&Cpus>,
     ) -> Vec<String> {
-        let asked = [
+        let with_their_controller = [
+            ("memory.low", Some(self.memory_low_bytes)),
+            // A kernel may keep no account of swap.
+            ("memory.swap.max", None),
+        ];
+        let mut asked = vec![
             (
                 "memory.max",
                 "bytes",
                 self.memory_max_bytes,
-                memory_max_bytes,
+                limit("memory.max"),
             ),
             (
                 "cpu.max",
@@ -156,10 +162,22 @@ impl Limits {
                 Some(self.cpu_quota_usec_per_sec),
                 cpu_quota_usec_per_sec,
             ),
+            (
+                "pids.max",
+                "processes and threads",
+                Some(self.tasks_max),
+                limit("pids.max"),
+            ),
         ];
+        for (file, bytes) in with_their_controller {
+            if let Some(found) = limit(file) {
+                asked.push((file, "bytes", bytes, Some(found)));
+            }
+        }
         let different = asked
             .into_iter()
-            .filter(|(_, _, asked, found)| match (asked, found) {
+            .filter(|(file, _, asked, found)| match (asked, found) {
+                (Some(asked), Some(Some(found))) if *file == "pids.max" => asked != found,
                 // The kernel keeps whole pages, and whole µs in a period.
                 (Some(asked), Some(Some(found))) => asked.abs_diff(*found) > asked / 100,
                 (None, Some(None)) => false,
@@ -172,7 +190,11 @@ impl Limits {
             let found = found.map_or("not there (no controller)".into(), |found| {
                 shown(found, unit)
             });
-            format!("{file} is {found}, the job asks for {}", shown(asked, unit))
+            let whose = match file {
+                "pids.max" => "pids_max",
+                _ => "the job",
+            };
+            format!("{file} is {found}, {whose} asks for {}", shown(asked, unit))
         };
         different
             .map(sentence)
@@ -282,6 +304,10 @@ mod tests {
     });
 
     const PIDS_MAX: u32 = 16_384;
+
+    fn in_force<'a>(files: &'a [(&'a str, InForce)]) -> impl Fn(&str) -> InForce + 'a {
+        move |file| files.iter().find(|(name, _)| *name == file)?.1
+    }
 
     fn resources(cpu_mhz: u64, memory_max_mib: MemoryMax) -> Resources {
         Resources {
@@ -401,15 +427,37 @@ mod tests {
         )
         .unwrap();
         // 333,500 µs per second are 33,350 µs per period.
+        let quota = Some(Some(333_500));
+        let as_asked: &[(&str, InForce)] = &[
+            ("memory.max", Some(Some(64 * MIB))),
+            ("memory.low", Some(Some(0))),
+            ("memory.swap.max", Some(None)),
+            ("pids.max", Some(Some(PIDS_MAX as u64))),
+        ];
+        let none = Vec::<String>::new();
+        assert_eq!(limits.differences(in_force(as_asked), quota, None), none);
         assert_eq!(
-            limits.differences(Some(Some(64 * MIB)), Some(Some(333_500)), None),
-            Vec::<String>::new()
+            limits.differences(in_force(&[]), None, None),
+            [
+                "memory.max is not there (no controller), the job asks for 67108864 bytes",
+                "cpu.max is not there (no controller), the job asks for 333500 µs per second",
+                "pids.max is not there (no controller), pids_max asks for 16384 processes and threads"
+            ]
         );
+        let by_drop_in: &[(&str, InForce)] = &[
+            ("memory.max", Some(None)),
+            ("memory.low", Some(Some(MIB))),
+            ("memory.swap.max", Some(Some(0))),
+            ("pids.max", Some(Some(PIDS_MAX as u64 - 1))),
+        ];
         assert_eq!(
-            limits.differences(Some(None), None, None),
+            limits.differences(in_force(by_drop_in), Some(None), None),
             [
                 "memory.max is no limit, the job asks for 67108864 bytes",
-                "cpu.max is not there (no controller), the job asks for 333500 µs per second"
+                "cpu.max is no limit, the job asks for 333500 µs per second",
+                "pids.max is 16383 processes and threads, pids_max asks for 16384 processes and threads",
+                "memory.low is 1048576 bytes, the job asks for 0 bytes",
+                "memory.swap.max is 0 bytes, the job asks for no limit"
             ]
         );
         let unlimited = Limits::new(
@@ -420,10 +468,12 @@ mod tests {
             PIDS_MAX,
         )
         .unwrap();
-        assert_eq!(
-            unlimited.differences(Some(None), Some(Some(333_500)), None),
-            Vec::<String>::new()
-        );
+        let as_asked: &[(&str, InForce)] = &[
+            ("memory.max", Some(None)),
+            ("memory.low", Some(Some(64 * MIB))),
+            ("pids.max", Some(Some(PIDS_MAX as u64))),
+        ];
+        assert_eq!(unlimited.differences(in_force(as_asked), quota, None), none);
     }
 
     #[test]
@@ -464,7 +514,12 @@ mod tests {
         let shared = resources(500, MemoryMax::Unset);
         let of = |share: Option<&Cpus>, found: Option<&Cpus>| {
             let limits = Limits::new(&shared, NODE, QuotaGrain::Fine, share, PIDS_MAX).unwrap();
-            limits.differences(Some(Some(64 * MIB)), Some(Some(250_000)), found)
+            let limit = |file: &str| match file {
+                "memory.max" => Some(Some(64 * MIB)),
+                "pids.max" => Some(Some(PIDS_MAX.into())),
+                _ => None,
+            };
+            limits.differences(limit, Some(Some(250_000)), found)
         };
         let given = Cpus::from([0, 1, 2, 5]);
         let none: [&str; 0] = [];

@@ -366,7 +366,7 @@ struct Started {
 /// Limits are read back, because an operator's drop-in may win over the call, and a controller may be missing.
 fn differences(plan: &Plan, cgroup: &Cgroup) -> Vec<String> {
     plan.limits.differences(
-        cgroup.memory_max_bytes(),
+        |file| cgroup.limit(file),
         cgroup.cpu_quota_usec_per_sec(),
         cpus::effective(cgroup).as_ref(),
     )

@@ -21,6 +21,7 @@ use crate::nomad::{Scope, proc_file, status, until};
 use crate::programs::{GO, JAVA, NGINX, NODE, POSTGRESQL, PYTHON, REDIS};
 use crate::run_job::{ENV, EXIT7, SERVICE};
 use crate::tasks::drawn;
+use crate::told::{self, ALLOC_ID};
 
 pub const CASES: &[Case] = &[
     case!(
@@ -39,12 +40,17 @@ pub const CASES: &[Case] = &[
     ),
     case!(Speed, Ours, what_it_tells_of_a_job_is_what_the_kernel_shows),
     case!(Speed, Ours, every_path_that_it_tells_of_opens_in_the_task),
-    case!(Limits, Ours, the_limits_that_it_tells_of_are_the_kernels),
+    case!(
+        Limits,
+        Ours,
+        the_limits_that_it_tells_of_are_the_kernels,
+        Long
+    ),
     case!(Programs, Ours, it_tells_of_programs_what_the_kernel_shows),
     case!(
         ProgramLimits,
         Ours,
-        it_tells_of_a_programs_cores_what_the_kernel_shows
+        it_tells_of_a_programs_limits_what_the_kernel_shows
     ),
     case!(
         Speed,
@@ -64,8 +70,6 @@ pub const CASES: &[Case] = &[
     ),
     case!(Speed, Ours, a_strange_job_file_is_told_in_one_safe_line),
 ];
-
-const ALLOC_ID: &str = "00000000-0000-0000-0000-000000000000";
 
 /// An agent's files: a plugin directory with the driver in it, and a configuration that names it.
 struct Files {
@@ -549,7 +553,7 @@ fn held(job: &str) -> String {
 async fn compare(context: &Context, agent: &Agent, text: &str) -> Result<Vec<Value>> {
     let alloc = agent.run(text).await?;
     let names: BTreeSet<String> = hcl_tasks(text);
-    let compared = compare_with(context, text, &alloc, &names).await;
+    let compared = compare_with(context, agent, text, &alloc, &names).await;
     alloc.stop().await?;
     compared
 }
@@ -565,6 +569,7 @@ fn hcl_tasks(text: &str) -> BTreeSet<String> {
 
 async fn compare_with(
     context: &Context,
+    agent: &Agent,
     text: &str,
     alloc: &Allocation,
     names: &BTreeSet<String>,
@@ -587,7 +592,7 @@ async fn compare_with(
         let task = object["task"].as_str().context("no name")?;
         let (_, name) = task.split_once('/').context("no group")?;
         let plan = &object["plan"];
-        compare_task(context, plan, alloc, name)
+        compare_task(context, agent, plan, alloc, name)
             .await
             .with_context(|| task.to_owned())?;
     }
@@ -596,6 +601,7 @@ async fn compare_with(
 
 async fn compare_task(
     context: &Context,
+    agent: &Agent,
     plan: &Value,
     alloc: &Allocation,
     name: &str,
@@ -612,17 +618,7 @@ async fn compare_task(
     let is_nginx = proc_file(main, "comm")? == "nginx";
     let goes_its_own_way = is_nginx || ["redis", "postgresql"].contains(&name);
 
-    let uid = status(main, "Uid")?;
-    let mut uids = uid.split_whitespace();
-    let seen: u64 = uids.next().context("a uid")?.parse()?;
-    if plan["user"]["is_dynamic"] == true {
-        ensure!(task.user() == format!("nomad-{seen}"), "{uid}");
-    } else {
-        ensure!(
-            plan["user"]["uid"] == seen && plan["user"]["name"] == task.user(),
-            "{uid}"
-        );
-    }
+    told::ids(plan, task, main)?;
     let capabilities = &plan["capabilities"];
     ensure!(capabilities["bounding"] == status(main, "CapBnd")?);
     ensure!(capabilities["ambient"] == status(main, "CapAmb")?);
@@ -660,20 +656,16 @@ async fn compare_task(
             ensure!(*foretold == seen.as_str() || is_as_many, "{file} is {seen}");
         }
     }
-    let properties = plan["properties"].as_object().context("properties")?;
-    let shown = scope.show(&[
-        "Description",
-        "Slice",
-        "Delegate",
-        "TasksMax",
-        "MemoryMax",
-        "CollectMode",
-    ])?;
-    for (name, seen) in shown {
-        let foretold = properties[&name].as_str().context("a text")?;
-        let foretold =
-            foretold.replace("(alloc 00000000)", &format!("(alloc {})", &alloc.id()[..8]));
-        ensure!(foretold == seen, "{name} is {seen}, not {foretold}");
+    told::properties(plan, &scope, alloc.id())?;
+    told::mounts(plan, main, alloc.id())?;
+    let tried = told::unveil(agent, task, plan, main, alloc.id()).await?;
+    for kind in ["list", "read", "write", "mkdir"] {
+        for is_open in [true, false] {
+            ensure!(tried.contains(&(kind, is_open)), "{kind}: {tried:?}");
+        }
+    }
+    for kind in ["exec", "create", "create and exec"] {
+        ensure!(tried.contains(&(kind, true)), "{kind}: {tried:?}");
     }
 
     let environ = fs::read(format!("/proc/{main}/environ"))?;
@@ -714,18 +706,74 @@ async fn agent(context: &Context) -> Result<Agent> {
 fn compare_all(context: &Context, jobs: &[&str]) -> Result<()> {
     context.block_on(async {
         let agent = agent(context).await?;
+        let mut wrong = Vec::new();
         for job in jobs {
-            compare(context, &agent, job).await?;
+            let compared = compare(context, &agent, job).await;
+            wrong.extend(compared.err().map(|error| format!("{error:#}")));
         }
+        ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
         agent.finish().await
     })
 }
 
+/// A host's directory that everybody may write to, for a case.
+struct Shared(&'static str);
+
+impl Shared {
+    fn new(path: &'static str) -> Result<Shared> {
+        fs::create_dir_all(path)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o777))?;
+        Ok(Shared(path))
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.0);
+    }
+}
+
+/// Every mode, each for a directory with an executable, that only the rules close.
+const MODES: [&str; 8] = ["r", "w", "c", "rw", "rx", "rc", "rwc", "rwxc"];
+
+fn of_each_mode(shared: &Shared, user: &str) -> Result<String> {
+    let mut entries = Vec::new();
+    for mode in MODES {
+        let dir = Path::new(shared.0).join(format!("of-{mode}"));
+        fs::create_dir_all(&dir)?;
+        fs::copy("/usr/bin/true", dir.join("true"))?;
+        for path in [dir.join("true"), dir.clone()] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o777))?;
+        }
+        entries.push(format!("\"{mode}:{}\"", dir.display()));
+    }
+    let job = held(EXIT7).replace(
+        "driver = \"exec2\"",
+        &format!("driver = \"exec2\"\nuser = \"{user}\""),
+    );
+    let job = job.replace(
+        "config {",
+        &format!("config {{\nunveil = [{}]", entries.join(", ")),
+    );
+    ensure!(job.contains(user) && job.contains("of-rwxc"));
+    Ok(job)
+}
+
 fn what_it_tells_of_a_job_is_what_the_kernel_shows(context: &Context) -> Result<()> {
-    fs::create_dir_all("/srv/data")?;
-    fs::set_permissions("/srv/data", fs::Permissions::from_mode(0o777))?;
-    let jobs = [ENV, EXIT7, SECRET, VOLUMES].map(held);
-    let mut all: Vec<&str> = jobs.iter().map(String::as_str).collect();
+    let _data = Shared::new("/srv/data")?;
+    let modes = Shared::new("/srv/modes")?;
+    let read_only = VOLUMES.replace("destination =", "read_only = true\ndestination =");
+    ensure!(read_only != VOLUMES);
+    let jobs = [ENV, EXIT7, SECRET, VOLUMES, &read_only].map(held);
+    let of_each_mode = [
+        of_each_mode(&modes, "root")?,
+        of_each_mode(&modes, "nobody")?,
+    ];
+    let mut all: Vec<&str> = jobs
+        .iter()
+        .chain(&of_each_mode)
+        .map(String::as_str)
+        .collect();
     all.extend([SERVICE, SIDECAR, BRIDGE]);
     let root = held(EXIT7).replace("driver = \"exec2\"", "driver = \"exec2\"\nuser = \"root\"");
     let root = root.replace(
@@ -733,13 +781,15 @@ fn what_it_tells_of_a_job_is_what_the_kernel_shows(context: &Context) -> Result<
         "config {\nwork_dir = \"local\"\noom_score_adj = 100\ncap_drop = [\"net_raw\"]",
     );
     all.push(&root);
-    let compared = compare_all(context, &all);
-    fs::remove_dir_all("/srv/data")?;
-    compared
+    compare_all(context, &all)
 }
 
 fn the_limits_that_it_tells_of_are_the_kernels(context: &Context) -> Result<()> {
-    compare_all(context, &[SERVICE, CORES, &held(OVERSUBSCRIPTION)])
+    let _data = Shared::new("/srv/data")?;
+    let jobs = [OVERSUBSCRIPTION, VOLUMES, ENV].map(held);
+    let mut all = vec![SERVICE, CORES];
+    all.extend(jobs.iter().map(String::as_str));
+    compare_all(context, &all)
 }
 
 fn it_tells_of_programs_what_the_kernel_shows(context: &Context) -> Result<()> {
@@ -755,9 +805,9 @@ fn it_tells_of_programs_what_the_kernel_shows(context: &Context) -> Result<()> {
     compare_all(context, &[NGINX, NODE, REDIS, PYTHON, POSTGRESQL, &java])
 }
 
-fn it_tells_of_a_programs_cores_what_the_kernel_shows(context: &Context) -> Result<()> {
+fn it_tells_of_a_programs_limits_what_the_kernel_shows(context: &Context) -> Result<()> {
     let go = GO.replace("\"go-limits\"", "\"sleep\"\nargs = [\"600\"]");
-    compare_all(context, &[&go])
+    compare_all(context, &[&go, NGINX])
 }
 
 /// The task itself opens each path, and none beside them.

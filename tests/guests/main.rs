@@ -15,6 +15,7 @@ mod compat;
 mod cores;
 mod dbus;
 mod denials;
+mod drop_ins;
 mod endurance;
 mod examples;
 mod exec;
@@ -43,6 +44,7 @@ mod steps;
 mod surroundings;
 mod takeover;
 mod tasks;
+mod told;
 mod transcripts;
 mod truth;
 mod upgrades;
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         programs::CASES,
         packages::CASES,
         upgrades::CASES,
+        drop_ins::CASES,
         bad_input::CASES,
         hostile::CASES,
         attacks::CASES,

@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
         Ours,
         a_running_task_is_listed_with_what_it_uses_and_may_use
     ),
+    case!(Limits, Ours, the_throttling_that_is_listed_is_the_kernels),
     case!(Speed, Ours, an_end_is_listed_until_nomad_collects_it),
     case!(Speed, Ours, what_is_left_over_is_listed_and_left_alone),
     case!(Speed, Ours, a_run_is_listed_beside_a_task),
@@ -141,6 +142,57 @@ fn a_running_task_is_listed_with_what_it_uses_and_may_use(context: &Context) -> 
             ensure!(words[6] == "-", "{line}");
         }
         ensure!(task.exit().is_none(), "it was touched");
+        alloc.stop().await?;
+        agent.finish().await
+    })
+}
+
+fn the_throttling_that_is_listed_is_the_kernels(context: &Context) -> Result<()> {
+    const FIELDS: [(&str, &str); 3] = [
+        ("cpu_periods", "nr_periods"),
+        ("cpu_throttled_periods", "nr_throttled"),
+        ("cpu_throttled_usec", "throttled_usec"),
+    ];
+    context.block_on(async {
+        let agent = agent(context).await?;
+        let job = Job::shell("while :; do :; done").resources("cpu = 200\n memory = 64");
+        let alloc = agent.run(&job.text()).await?;
+        let scope = Scope::of(alloc.only_task()?)?;
+        let kernels = || -> Result<[u64; 3]> {
+            let stat = scope.file("cpu.stat")?;
+            let mut values = [0; 3];
+            for (value, (_, name)) in values.iter_mut().zip(FIELDS) {
+                let mut lines = stat.lines().filter_map(|line| line.split_once(' '));
+                let line = lines.find(|(key, _)| *key == name);
+                *value = line.context("cpu.stat")?.1.parse()?;
+            }
+            Ok(values)
+        };
+        until("it is throttled", || (kernels().ok()?[1] > 5).then_some(())).await?;
+        // Once while it runs, and once while the numbers stand still.
+        for stands_still in [false, true] {
+            if stands_still {
+                said("systemctl", &["freeze", &scope.unit])?;
+            }
+            let before = kernels()?;
+            let (object, line) = told(context, &scope.unit)?;
+            let after = kernels()?;
+            context.note(&line);
+            for (index, (key, _)) in FIELDS.into_iter().enumerate() {
+                let told = object[key].as_u64().with_context(|| format!("{object}"))?;
+                ensure!(
+                    told > 0 && (before[index]..=after[index]).contains(&told),
+                    "{key} is {told}, the kernel's {before:?} to {after:?}"
+                );
+            }
+            if stands_still {
+                ensure!(before == after && object["state"] == "frozen", "{object}");
+                let [periods, throttled, _] = after;
+                let shown = line.split_whitespace().nth(8).context("THROTTLED")?;
+                let percent = (throttled * 100).div_ceil(periods);
+                ensure!(shown == format!("{percent}%"), "{line}: {after:?}");
+            }
+        }
         alloc.stop().await?;
         agent.finish().await
     })

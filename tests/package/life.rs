@@ -40,6 +40,13 @@ fn it_comes_and_goes_and_nomads_directory_stays_as_it_was(kind: Kind) {
         machine.expect_link();
         machine.expect_data_dir();
         assert_eq!(machine.changed(NAME), "");
+        // As `systemctl help` of a scope asks for it.
+        let page = machine.sh("man -w 8 nomad-driver-exec2");
+        let page = String::from_utf8_lossy(&page.stdout).into_owned();
+        assert!(
+            page.starts_with("/usr/share/man/man8/nomad-driver-exec2.8"),
+            "{page}"
+        );
     }
     machine.remove(NAME);
     for gone in [LINK, DRIVER, "/usr/lib/systemd/system/exec2.slice"] {
