@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[
         ProgramLimits,
         Agent,
         what_the_readme_says_installs_it_and_upgrades_it_under_a_task,
-        Minutes
+        Long
     ),
     case!(
         ProgramLimits,
