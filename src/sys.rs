@@ -192,8 +192,8 @@ const STACK_CACHE_BYTES: usize = 40 << 20;
 /// The same, once this thread's tcache is empty: it keeps freed chunks, each of which holds a page of a heap that was once full, and
 /// malloc_trim leaves it alone. And the stacks that glibc keeps of ended threads, with the pages that these have touched.
 ///
-/// A thread's end empties its own tcache, so what this one has is taken out and freed by another. That one's stack is more than
-/// all that glibc keeps, which lets go of every other for it, and then of it. For a process with one heap
+/// A thread's end empties its own tcache, so what this one has is taken out and freed by another. The stack of a third one is more
+/// than all that glibc keeps, which lets go of every other for it, and then of it. For a process with one heap
 /// (`keep_one_heap`), and where a thread more is nobody's limit; if there can be none, less is given back.
 pub fn trim_memory() {
     let chunks: Vec<Vec<u8>> = (0..TCACHE_SIZES)
@@ -203,8 +203,11 @@ pub fn trim_memory() {
         })
         .collect();
     // `thread::spawn` would panic.
-    let thread = std::thread::Builder::new().stack_size(STACK_CACHE_BYTES + (1 << 20));
-    if let Ok(thread) = thread.spawn(move || drop(chunks)) {
+    let spare = || std::thread::Builder::new().stack_size(STACK_CACHE_BYTES + (1 << 20));
+    if let Ok(thread) = std::thread::Builder::new().spawn(move || drop(chunks)) {
+        let _ = thread.join();
+    }
+    if let Ok(thread) = spare().spawn(|| ()) {
         let _ = thread.join();
     }
     trim_heap();

@@ -34,7 +34,7 @@ pub enum UserError {
 
 /// Below it live the host's own users, on every distribution. Nomad does not check the range of `nomad-<uid>`, and any
 /// job may name one.
-const LOWEST_DYNAMIC_UID: u32 = 65_536;
+pub const LOWEST_DYNAMIC_UID: u32 = 65_536;
 
 /// Looks up the user of a task: `nomad-<uid>` needs no entry anywhere, any other name needs one.
 pub fn look_up(name: &str) -> Result<Account, UserError> {

@@ -192,6 +192,7 @@ impl Limits {
             });
             let whose = match file {
                 "pids.max" => "pids_max",
+                "memory.swap.max" => "the driver",
                 _ => "the job",
             };
             format!("{file} is {found}, {whose} asks for {}", shown(asked, unit))
@@ -457,7 +458,7 @@ mod tests {
                 "cpu.max is no limit, the job asks for 333500 µs per second",
                 "pids.max is 16383 processes and threads, pids_max asks for 16384 processes and threads",
                 "memory.low is 1048576 bytes, the job asks for 0 bytes",
-                "memory.swap.max is 0 bytes, the job asks for no limit"
+                "memory.swap.max is 0 bytes, the driver asks for no limit"
             ]
         );
         let unlimited = Limits::new(

@@ -86,8 +86,9 @@ impl TaskTable {
             alloc_id: task.names.alloc_id.clone(),
         };
         let user = users::dynamic(task.uid).name;
-        // Nomad names no dynamic user after an agent's restart.
-        if !request.user.is_empty() && request.user != user {
+        // Nomad names no dynamic user after an agent's restart. That of a command which has just ended is not known.
+        let is_dynamic = request.user.is_empty() || request.user == user;
+        if !is_dynamic || task.uid < users::LOWEST_DYNAMIC_UID {
             return;
         }
         if let Some(other) = self.sharer(&claim) {

@@ -13,7 +13,7 @@ use harness::nomad::{Agent, Config, RpcError};
 use crate::calls::Calls;
 use crate::case;
 use crate::faults::nothing_left;
-use crate::nomad::{Job, Scope, agent, refusal, said};
+use crate::nomad::{Job, Scope, agent, refusal, said, until};
 use crate::recovery::recover;
 
 /// A last word on a request before it is sent.
@@ -400,8 +400,14 @@ fn a_dynamic_user_is_one_allocations_alone(context: &Context) -> Result<()> {
             "user {user:?} is that of a task of allocation {}, too",
             alloc.id()
         );
-        let told = said("journalctl", &["-o", "cat", "-g", &warning])?;
-        ensure!(told.contains("stop one of the two"), "{told}");
+        until(&warning, || {
+            let events = agent.connection().ok()?.events();
+            let mut messages = events.iter().map(|event| &event.message);
+            messages
+                .any(|message| message.starts_with(&warning))
+                .then_some(())
+        })
+        .await?;
         alloc.stop().await?;
         let known = "11111111-2222-3333-4444-555555555555/t/0badcafe";
         Calls::of(&agent)?.destroy(known, true).await?;

@@ -87,9 +87,15 @@ fn hundreds_of_tasks_at_once_keep_their_codes(context: &Context) -> Result<()> {
             let (calls, task) = (calls.clone(), place.task(&exit(code)));
             tasks.spawn(async move { to_end(&calls, task, code).await });
         }
+        let mut most_stacks = 0;
         while let Some(ended) = tasks.join_next().await {
             ended??;
+            most_stacks = most_stacks.max(stacks(plugin)?);
         }
+        ensure!(
+            most_stacks > 0,
+            "no stack was seen while there were threads"
+        );
         context.note(format!("{AT_ONCE} tasks at once: {:?}", begun.elapsed()));
         let left = ground.left()?;
         ensure!(left.is_empty(), "{left:?}");

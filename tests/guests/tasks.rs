@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use harness::guest::{Case, Context, Kind};
@@ -173,6 +174,14 @@ fn the_throttling_that_is_listed_is_the_kernels(context: &Context) -> Result<()>
         for stands_still in [false, true] {
             if stands_still {
                 said("systemctl", &["freeze", &scope.unit])?;
+                // The kernel still counts the periods that it had begun, of 100 ms each.
+                let mut last = None;
+                until("the kernel counts no more", || {
+                    let now = kernels().ok()?;
+                    std::thread::sleep(Duration::from_millis(300));
+                    (last.replace(now) == Some(now)).then_some(())
+                })
+                .await?;
             }
             let before = kernels()?;
             let (object, line) = told(context, &scope.unit)?;
@@ -486,11 +495,11 @@ fn colours_are_for_terminals_that_want_them(context: &Context) -> Result<()> {
     planted.clear()
 }
 
-/// Ends as by Ctrl-C when it has been drawn twice.
+/// Ends as by Ctrl-C when it has been drawn more than twice, or twice where a start takes seconds.
 fn watch(context: &Context) -> Command {
     let mut watch = Command::new("timeout");
     watch
-        .args(["--signal=INT", "--preserve-status", "2.5"])
+        .args(["--signal=INT", "--preserve-status", "6"])
         .arg(context.driver())
         .args(["tasks", "--watch=1"])
         .env_remove("NO_COLOR");

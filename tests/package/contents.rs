@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::{DRIVER, LINK, NAME, Packages, VERSION, root, run, said};
 
-/// The floor of the systems in README.md: EL 9 has this glibc, Ubuntu 22.04 and Debian 12 newer ones.
+/// The floor of the systems in README.md: EL 9 has this glibc, Debian 12 and Ubuntu 24.04 newer ones.
 const GLIBC: (u32, u32) = (2, 34);
 
 fn field(deb: &PathBuf, name: &str) -> String {
@@ -54,11 +54,9 @@ fn rpm_files() -> BTreeSet<String> {
     files.map(str::to_owned).collect()
 }
 
-/// Mode and path of the directories that are the package's own, and of those that a removal takes with it if they are empty.
+/// Mode and path of the directories that are the package's own. Those of the plugin link are not: they may be links to where Nomad's
+/// data is, and a package manager removes a link to a directory of the package.
 const DIRECTORIES: &[(&str, &str)] = &[
-    ("drwxr-xr-x", "/opt/nomad"),
-    ("drwxr-xr-x", "/opt/nomad/data"),
-    ("drwxr-xr-x", "/opt/nomad/data/plugins"),
     ("drwx--x--x", "/var/lib/nomad-driver-exec2"),
     ("drwx--x--x", "/var/lib/nomad-driver-exec2/run"),
     ("drwx--x--x", "/var/lib/nomad-driver-exec2/run/alloc"),
@@ -147,6 +145,7 @@ fn both_have_the_same_files_and_the_rest_is_what_each_system_wants() {
         [
             "/usr/share/licenses/NAME/LICENSE",
             "/usr/share/zsh/site-functions/_nomad-driver-exec2",
+            LINK,
         ]
     );
     // No setuid, nothing of another owner, no configuration, nothing that starts.
@@ -168,7 +167,6 @@ fn both_have_the_same_files_and_the_rest_is_what_each_system_wants() {
     }
     for path in [
         DRIVER,
-        LINK,
         "/usr/lib/systemd/system/exec2.slice",
         "/usr/share/man/man8/nomad-driver-exec2.8.gz",
     ] {
@@ -193,14 +191,15 @@ fn the_scripts_see_to_the_plugin_link_alone() {
     let list = "dpkg-deb --ctrl-tarfile \"$1\" | tar -t";
     let control = said(Command::new("sh").args(["-ec", list, "sh"]).arg(&deb));
     let control: BTreeSet<&str> = control.lines().collect();
-    let expected = ["./", "./control", "./md5sums", "./postinst"];
+    let expected = ["./", "./control", "./md5sums", "./postinst", "./postrm"];
     assert_eq!(control, BTreeSet::from(expected));
-    let postinst = said(Command::new("dpkg-deb").arg("-I").arg(&deb).arg("postinst"));
+    let script = |name: &str| said(Command::new("dpkg-deb").arg("-I").arg(&deb).arg(name));
     assert_eq!(
-        commands(&postinst),
+        commands(&script("postinst")),
         [
             "set -e",
             "if [ \"$1\" = configure ]; then",
+            "mkdir -p /opt/nomad/data/plugins",
             "ln -sfT /usr/bin/nomad-driver-exec2 \"$(dpkg-divert --truename /opt/nomad/data/plugins/nomad-driver-exec2)\"",
             "if [ \"$(dpkg-query -W -f '${db:Status-Status}' nomad-driver-exec2 2>/dev/null)\" = config-files ]; then",
             "rm -f \"$(dpkg-query --control-path nomad-driver-exec2 postrm)\"",
@@ -209,8 +208,25 @@ fn the_scripts_see_to_the_plugin_link_alone() {
         ]
     );
     assert_eq!(
+        commands(&script("postrm")),
+        [
+            "set -e",
+            "if [ \"$1\" = remove ]; then",
+            "link=$(dpkg-divert --truename /opt/nomad/data/plugins/nomad-driver-exec2)",
+            "if [ \"$(readlink \"$link\")\" = /usr/bin/nomad-driver-exec2 ]; then",
+            "rm \"$link\"",
+            "fi",
+            "rmdir /opt/nomad/data/plugins /opt/nomad/data /opt/nomad 2>/dev/null || :",
+            "fi",
+        ]
+    );
+    assert_eq!(
         commands(&rpm(&["--scripts", "--triggers", "--filetriggers"])),
         [
+            "postuninstall scriptlet (using /bin/sh):",
+            "if [ $1 -eq 0 ]; then",
+            "rmdir /opt/nomad/data/plugins /opt/nomad/data /opt/nomad 2>/dev/null || :",
+            "fi",
             "posttrans scriptlet (using /bin/sh):",
             "ln -sfT /usr/bin/nomad-driver-exec2 /opt/nomad/data/plugins/nomad-driver-exec2",
         ]

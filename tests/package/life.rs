@@ -1,6 +1,7 @@
 //! How the packages come and go, beside what they find.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use crate::machine::{Kind, Machine};
@@ -18,6 +19,7 @@ on_both! {
     it_comes_and_goes_and_nomads_directory_stays_as_it_was
     on_a_host_without_nomad_nothing_of_it_stays
     what_others_put_beside_it_stays
+    links_to_where_nomads_data_is_stay
     it_takes_the_place_of_hashicorps_package_for_good
     hashicorps_package_comes_back
     a_link_to_elsewhere_becomes_ours
@@ -98,6 +100,37 @@ fn what_others_put_beside_it_stays(kind: Kind) {
             .path("/var/lib/nomad-driver-exec2/run/alloc_mounts")
             .exists()
     );
+}
+
+/// Package managers remove a link to a directory of a package with the package.
+fn links_to_where_nomads_data_is_stay(kind: Kind) {
+    for dir in ["/opt/nomad", "/opt/nomad/data", "/opt/nomad/data/plugins"] {
+        for is_used in [true, false] {
+            let machine = Machine::new(kind);
+            let elsewhere = machine.path("/srv/elsewhere");
+            fs::create_dir_all(&elsewhere).unwrap();
+            if is_used {
+                fs::write(elsewhere.join("state"), "Nomad's").unwrap();
+            }
+            fs::create_dir_all(machine.path(dir).parent().unwrap()).unwrap();
+            symlink("/srv/elsewhere", machine.path(dir)).unwrap();
+            machine.install(&Packages::built());
+            let shown = machine.sh(&format!("readlink -f {LINK}"));
+            assert_eq!(String::from_utf8_lossy(&shown.stdout).trim(), DRIVER);
+            machine.install(Packages::next());
+            machine.remove(NAME);
+            machine.purge(NAME);
+            let kept = fs::read_link(machine.path(dir)).unwrap();
+            assert_eq!(kept, Path::new("/srv/elsewhere"), "{dir}");
+            let left = machine.sh("find /srv/elsewhere -mindepth 1");
+            let expected = if is_used {
+                "/srv/elsewhere/state\n"
+            } else {
+                ""
+            };
+            assert_eq!(String::from_utf8_lossy(&left.stdout), expected, "{dir}");
+        }
+    }
 }
 
 fn it_takes_the_place_of_hashicorps_package_for_good(kind: Kind) {

@@ -75,6 +75,13 @@ impl Machine {
             .unwrap();
         }
         let _ = fs::remove_dir_all(machine.path("/opt/nomad"));
+        // By these some machines, such as images of containers, install no manual.
+        for file in fs::read_dir(machine.path("/etc/dpkg/dpkg.cfg.d"))
+            .into_iter()
+            .flatten()
+        {
+            fs::remove_file(file.unwrap().path()).unwrap();
+        }
         if kind == Kind::Rpm {
             machine.be_a_host_of_rpms();
         }

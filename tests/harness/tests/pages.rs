@@ -105,7 +105,9 @@ impl Desk {
 
     /// The script's stdout, if it has nothing to complain of.
     fn run(&self, program: &str, arguments: &[&str], script: &str) -> String {
-        let mut shell = Command::new(program)
+        // Without a terminal, or an interactive one would take that of who runs the tests; and not for ever.
+        let mut shell = Command::new("setsid")
+            .args(["--wait", "timeout", "60", program])
             .args(arguments)
             .current_dir(self.dir.path())
             .env("HOME", self.dir.path())

@@ -5,7 +5,7 @@ set -eu
 
 built=$1 to=$2
 mkdir -p "$to/lib" "$to/config/platform"
-rpm=$(command -v rpm)
+rpm=$(command -v rpm) || { echo "rpm is not installed: tests/harness/host-setup packages" >&2; exit 1; }
 cp -L "$rpm" "$to/lib/rpm"
 ldd "$rpm" | sed -n 's/^.*=> \(\/[^ ]*\) .*$/\1/p; s/^[[:space:]]*\(\/[^ ]*\) .*$/\1/p' | while read -r library; do
 	cp -L "$library" "$to/lib/"
