@@ -70,16 +70,15 @@ fn without_nomads_cookie_it_says_what_it_is_and_fails() {
 
 #[test]
 fn help_and_version_are_answered_without_nomad() {
-    let first_line = |argument: &str| {
+    let answer = |argument: &str| {
         let output = binary().arg(argument).output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty());
-        let text = String::from_utf8(output.stdout).unwrap();
-        text.lines().next().unwrap().to_string()
+        String::from_utf8(output.stdout).unwrap()
     };
-    assert!(first_line("--help").contains("systemd scope"));
+    assert!(answer("--help").contains("systemd scope"));
     assert_eq!(
-        first_line("--version"),
-        concat!("nomad-driver-exec2 ", env!("CARGO_PKG_VERSION"))
+        answer("--version"),
+        concat!("nomad-driver-exec2 ", env!("CARGO_PKG_VERSION"), "\n")
     );
 }
 
