@@ -63,7 +63,7 @@ fn a_command_runs_as_it_would_by_itself(context: &Context) -> Result<()> {
     );
     // Of a limit that is not in force, and of nothing else.
     let missing = match context.guest().kind {
-        Kind::Nspawn => ["memory.max", "cpu.max"].as_slice(),
+        Kind::Nspawn => ["memory.max", "cpu.max", "pids.max"].as_slice(),
         Kind::Qemu => &[],
     };
     ensure!(
