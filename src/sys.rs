@@ -203,11 +203,11 @@ pub fn trim_memory() {
         })
         .collect();
     // `thread::spawn` would panic.
-    let spare = || std::thread::Builder::new().stack_size(STACK_CACHE_BYTES + (1 << 20));
     if let Ok(thread) = std::thread::Builder::new().spawn(move || drop(chunks)) {
         let _ = thread.join();
     }
-    if let Ok(thread) = spare().spawn(|| ()) {
+    let larger = std::thread::Builder::new().stack_size(STACK_CACHE_BYTES + (1 << 20));
+    if let Ok(thread) = larger.spawn(|| ()) {
         let _ = thread.join();
     }
     trim_heap();
